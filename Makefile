@@ -1,0 +1,104 @@
+# Everything here works from a fresh clone with Go, a C compiler (for the race
+# detector), git and make. Tools are pinned in tools/, the control plane in
+# test/cluster; both are built from Go modules when first needed.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+FUZZTIME ?= 10s
+# The path of a real cluster-autoscaler makes e2e run against it too.
+export CLUSTER_AUTOSCALER := $(abspath $(CLUSTER_AUTOSCALER))
+
+BUF := go tool -modfile=tools/buf/go.mod buf
+CONTROLLER_GEN := go tool -modfile=tools/go.mod controller-gen
+GOLANGCI_LINT := go tool -modfile=tools/lint/go.mod golangci-lint
+GOVULNCHECK := go tool -modfile=tools/go.mod govulncheck
+
+# Packages whose tests start a control plane; all others are unit tests.
+WITH_CLUSTER := /internal/localcluster$$|/test(/|$$)
+unit_packages = packages=$$(go list ./... | grep -vE '$(WITH_CLUSTER)')
+e2e_packages = packages=$$(go list ./... | grep -E '$(WITH_CLUSTER)')
+
+.PHONY: help
+help: ## Show this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+.PHONY: build
+build: ## Build bin/hearth
+	go build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/hearth ./cmd/provider
+
+.PHONY: cluster
+cluster: ## Build the control plane that tests and demo start (once, about 5 minutes)
+	test/cluster/build
+
+.PHONY: demo
+demo: cluster build ## Watch the whole loop on this machine
+	bin/hearth demo
+
+.PHONY: generate
+generate: ## Generate Go from the protos; deep copies and CRDs from the API types
+	$(BUF) generate protos --template protos/buf.gen.yaml
+	$(CONTROLLER_GEN) object crd paths=./api/... output:crd:artifacts:config=deploy/crds
+
+.PHONY: verify
+verify: ## Fail if anything generated is stale, a module untidy or the linters complain
+	@fingerprint() { \
+		git ls-files --cached --others --exclude-standard --deduplicate -z | LC_ALL=C sort -z | \
+			while IFS= read -r -d '' file; do [ ! -f "$$file" ] || sha256sum "$$file"; done; \
+	}; \
+	before=$$(fingerprint); \
+	$(MAKE) --no-print-directory generate; \
+	after=$$(fingerprint); \
+	diff <(echo "$$before") <(echo "$$after") || { echo 'verify: the files above were stale; they are generated anew now' >&2; exit 1; }
+	$(BUF) lint protos
+	$(BUF) format --diff --exit-code protos
+	@for mod in go.mod tools/go.mod tools/buf/go.mod tools/lint/go.mod test/cluster/go.mod; do \
+		echo "go mod tidy -diff ($$mod)"; \
+		go -C "$$(dirname "$$mod")" mod tidy -diff || { echo "verify: $$mod is not tidy" >&2; exit 1; }; \
+	done
+	@unformatted=$$(gofmt -l .); [ -z "$$unformatted" ] || { echo 'verify: not formatted by gofmt:' $$unformatted >&2; exit 1; }
+	go vet ./...
+	$(MAKE) --no-print-directory lint
+
+.PHONY: lint
+lint: ## Run the linters
+	$(GOLANGCI_LINT) run
+
+.PHONY: vuln
+vuln: ## Look for known vulnerabilities (asks the Go vulnerability database)
+	$(GOVULNCHECK) ./...
+
+.PHONY: unit
+unit: ## Run the fast tests, without a control plane
+	@$(unit_packages); go test -short -timeout 5m $$packages
+
+.PHONY: race
+race: ## Run the same tests at full length under the race detector
+	@$(unit_packages); go test -race -timeout 15m $$packages
+
+.PHONY: e2e
+e2e: cluster build ## Run the tests that start a control plane (and CLUSTER_AUTOSCALER, if set)
+	@$(e2e_packages); go test -count=1 -timeout 20m $$packages
+
+.PHONY: test
+test: ## Run all tests, as CI does
+	$(MAKE) --no-print-directory race
+	$(MAKE) --no-print-directory e2e
+
+.PHONY: fuzz
+fuzz: ## Run every fuzz target for FUZZTIME (10s)
+	@targets=$$(grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | sed 's/func //' | LC_ALL=C sort); \
+	for target in $$targets; do \
+		echo "fuzz $$target"; \
+		go test -run '^$$' -fuzz "^$${target##*:}\$$" -fuzztime $(FUZZTIME) -timeout 10m "$$(dirname "$${target%%:*}")"; \
+	done
+
+.PHONY: bench
+bench: ## Run every benchmark
+	@$(unit_packages); go test -run '^$$' -bench . -benchmem -timeout 30m $$packages
+
+.PHONY: clean
+clean: ## Remove everything that make has built
+	rm -rf bin .cache

@@ -1,0 +1,330 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/leaderelection"
+	"k8s.io/client-go/tools/leaderelection/resourcelock"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/hearth-ci/hearth/internal/config"
+	"github.com/hearth-ci/hearth/internal/controller"
+	"github.com/hearth-ci/hearth/internal/kube"
+	"github.com/hearth-ci/hearth/internal/kwok"
+	"github.com/hearth-ci/hearth/internal/server"
+	"github.com/hearth-ci/hearth/internal/telemetry"
+	"github.com/hearth-ci/hearth/pkg/model"
+)
+
+func serveCommand() *cobra.Command {
+	var path, logFormat, logLevel string
+	var uninstall bool
+	cmd := &cobra.Command{
+		Use: "serve --config FILE", Short: "Serve cluster-autoscaler", Args: cobra.NoArgs,
+		Long: "Serves the CloudProvider and Expander services of cluster-autoscaler and runs the\n" +
+			"controller behind them. The config file is reloaded when it changes.\n\n" +
+			"To uninstall: stop every replica, then run `hearth serve --config FILE --uninstall`\n" +
+			"once. It takes Hearth's annotations, labels and taints off all nodes and exits;\n" +
+			"nodes and instances stay as they are.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			cfg, err := config.Load(path)
+			if err != nil {
+				return err
+			}
+			logger, err := telemetry.New(cmd.ErrOrStderr(), logFormat, logLevel)
+			if err != nil {
+				return usageError{err}
+			}
+			telemetry.RouteLibraries(logger)
+			for _, w := range append(cfg.Warnings(), cfg.Problems()...) {
+				logger.Warn("config", "problem", w.String())
+			}
+			p, err := newProvider(cfg, path, logger)
+			if err != nil {
+				return err
+			}
+			if uninstall {
+				return p.nodes.Uninstall(cmd.Context())
+			}
+			return p.run(cmd.Context())
+		},
+	}
+	cmd.Flags().StringVar(&path, "config", "", "the config file (required)")
+	cmd.Flags().StringVar(&logFormat, "log-format", "json", "json or text")
+	cmd.Flags().StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().BoolVar(&uninstall, "uninstall", false, "take everything of Hearth's off the nodes and exit")
+	_ = cmd.MarkFlagRequired("config")
+	return cmd
+}
+
+// provider is everything that one replica runs.
+type provider struct {
+	cfg        *config.Config
+	path       string
+	log        *slog.Logger
+	rest       *rest.Config
+	client     client.Client
+	registry   *prometheus.Registry
+	metrics    *telemetry.Metrics
+	nodes      *kube.Nodes
+	events     *kube.Events
+	feed       *kube.Feed
+	world      *controller.World
+	backend    *kwok.Backend
+	controller *controller.Controller
+	server     *server.Server
+	http       *telemetry.HTTP
+}
+
+// newProvider wires the parts. Nothing runs yet, but the ports are taken, so
+// that a port in use is told at once.
+func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provider, error) {
+	p := &provider{cfg: cfg, path: path, log: logger, registry: prometheus.NewRegistry()}
+	p.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	p.metrics = telemetry.NewMetrics(p.registry)
+	p.metrics.SetBuild(version, "")
+
+	var err error
+	// An empty path means the service account that a pod runs under.
+	if p.rest, err = clientcmd.BuildConfigFromFlags("", cfg.Kubernetes.Kubeconfig); err != nil {
+		return nil, fmt.Errorf("kubernetes.kubeconfig: %w", err)
+	}
+	p.rest.QPS, p.rest.Burst, p.rest.UserAgent = 100, 200, "hearth/"+version
+	client, err := kube.NewClient(p.rest)
+	if err != nil {
+		return nil, err
+	}
+	p.client = client
+	engines, err := labels.Parse(cfg.Engines.PodSelector)
+	if err != nil {
+		return nil, fmt.Errorf("engines.podSelector: %w", err)
+	}
+	store := kube.NewStore(client)
+	p.nodes = kube.NewNodes(client, engines)
+	p.events = kube.NewEvents(client, store, logger)
+	p.world = controller.NewWorld(cfg.NodeGroups())
+	if p.feed, err = kube.NewFeed(kube.FeedConfig{
+		Client: client, Sink: p.world, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
+	}); err != nil {
+		return nil, err
+	}
+	if p.backend, err = kwok.New(kwok.Config{
+		Client: client, Namespace: cfg.LeaderElection.Namespace, Groups: cfg.NodeGroups(),
+		BootDelay: cfg.Backend.Kwok.BootDelay, ResumeDelay: cfg.Backend.Kwok.ResumeDelay, Logger: logger,
+	}); err != nil {
+		return nil, err
+	}
+	if p.controller, err = controller.New(controller.Config{
+		Backend: p.backend, Store: store, Nodes: p.nodes, Pods: p.nodes, Events: p.events,
+		World: p.world, Watched: p.feed.Synced, Groups: cfg.NodeGroups(), Metrics: p.metrics, Logger: logger,
+		OnSynced: func() { p.server.SetServing(true) },
+	}); err != nil {
+		return nil, err
+	}
+	return p, p.listen()
+}
+
+// listen takes the ports.
+func (p *provider) listen() error {
+	lc := net.ListenConfig{}
+	listeners := make([]net.Listener, 3)
+	for i, l := range []struct{ field, address string }{
+		{"server.address", p.cfg.Server.Address},
+		{"server.expanderAddress", p.cfg.Server.ExpanderAddress},
+		{"http.address", p.cfg.HTTP.Address},
+	} {
+		var err error
+		if listeners[i], err = lc.Listen(context.Background(), "tcp", l.address); err != nil {
+			return fmt.Errorf("%s: %w", l.field, err)
+		}
+	}
+	var err error
+	if p.server, err = server.New(server.Config{
+		Reader: p.controller, Writer: p.controller, Ranker: ranker{p},
+		Listener: listeners[0], ExpanderListener: listeners[1],
+		TLS:    server.TLS(p.cfg.Server.TLS),
+		Logger: p.log, Registerer: p.registry,
+	}); err != nil {
+		return err
+	}
+	p.http, err = telemetry.NewHTTP(telemetry.HTTPConfig{
+		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
+	})
+	return err
+}
+
+var errNotSynced = errors.New("the watches have not delivered what exists yet")
+
+// ready is what /readyz says: every synced replica is, whether it leads or not;
+// else a rolling update would wait for ever.
+func (p *provider) ready() error {
+	if !p.feed.Synced() {
+		return errNotSynced
+	}
+	return nil
+}
+
+// run runs until ctx ends or this replica stops leading.
+func (p *provider) run(ctx context.Context) error {
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { p.feed.Run(ctx); return nil })
+	group.Go(func() error { p.events.Run(ctx); return nil })
+	group.Go(func() error { return p.server.Run(ctx) })
+	group.Go(func() error { return p.http.Run(ctx) })
+	group.Go(func() error { return config.Watch(ctx, p.path, p.cfg, p.apply, p.reloaded) })
+	group.Go(func() error { return p.elect(ctx) })
+	return group.Wait()
+}
+
+// apply puts a reloaded config into force.
+func (p *provider) apply(next *config.Config) error {
+	groups := next.NodeGroups()
+	p.world.SetGroups(groups)
+	p.backend.SetGroups(groups)
+	p.controller.SetGroups(groups)
+	return nil
+}
+
+func (p *provider) reloaded(err error) {
+	p.metrics.ConfigReloaded(err)
+	if err != nil {
+		p.log.Error("the changed config file is not used; the one before stays", "err", err)
+		return
+	}
+	p.log.Info("config reloaded")
+}
+
+// leaseName names the Lease that replicas agree by.
+const leaseName = "hearth"
+
+var errLostLease = errors.New("the lease was lost: another replica may lead now")
+
+// elect leads once this replica holds the lease, and ends with it.
+func (p *provider) elect(ctx context.Context) error {
+	if !p.cfg.LeaderElection.Enabled {
+		return p.lead(ctx)
+	}
+	clientset, err := kubernetes.NewForConfig(p.rest)
+	if err != nil {
+		return fmt.Errorf("making the client for leader election: %w", err)
+	}
+	identity := os.Getenv("POD_NAME")
+	if identity == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return fmt.Errorf("naming this replica: %w", err)
+		}
+		identity = fmt.Sprintf("%s-%d", host, os.Getpid())
+	}
+	election := p.cfg.LeaderElection
+	started, leading := make(chan struct{}), make(chan error, 1)
+	elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
+		Lock: &resourcelock.LeaseLock{
+			LeaseMeta:  metav1.ObjectMeta{Namespace: election.Namespace, Name: leaseName},
+			Client:     clientset.CoordinationV1(),
+			LockConfig: resourcelock.ResourceLockConfig{Identity: identity},
+		},
+		LeaseDuration: election.LeaseDuration, RenewDeadline: election.RenewDeadline, RetryPeriod: election.RetryPeriod,
+		ReleaseOnCancel: true, Name: leaseName,
+		Callbacks: leaderelection.LeaderCallbacks{
+			OnStartedLeading: func(held context.Context) {
+				close(started)
+				ctx, cancel := context.WithCancel(ctx)
+				defer context.AfterFunc(held, cancel)()
+				leading <- p.lead(ctx)
+			},
+			OnStoppedLeading: func() {},
+		},
+	})
+	if err != nil {
+		return fmt.Errorf("leaderElection: %w", err)
+	}
+	// The lease is let go only after everything that acts has ended.
+	electorCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	ended := make(chan struct{})
+	go func() { defer close(ended); elector.Run(electorCtx) }()
+	defer func() { stop(); <-ended }()
+	select {
+	case err := <-leading:
+		if err == nil && ctx.Err() == nil {
+			err = errLostLease
+		}
+		return err
+	case <-ctx.Done():
+		select {
+		case <-started:
+			return <-leading
+		default:
+			return nil
+		}
+	}
+}
+
+// lead runs what only the leader runs.
+func (p *provider) lead(ctx context.Context) error {
+	p.log.Info("leading")
+	p.metrics.Leader.Set(1)
+	defer p.metrics.Leader.Set(0)
+	defer p.server.SetServing(false)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return p.backend.Run(ctx) })
+	group.Go(func() error { return p.controller.Run(ctx) })
+	if pod, namespace := os.Getenv("POD_NAME"), os.Getenv("POD_NAMESPACE"); pod != "" && namespace != "" {
+		group.Go(func() error { p.labelPod(ctx, namespace, pod); return nil })
+	}
+	return group.Wait()
+}
+
+// labelPod leads the Services to this replica; it tries until that is done.
+func (p *provider) labelPod(ctx context.Context, namespace, pod string) {
+	for {
+		err := kube.LabelLeader(ctx, p.client, namespace, pod)
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		p.log.Error("labelling the leader's pod failed; trying again", "pod", pod, "err", err)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// ranker translates the expander's options for the controller.
+type ranker struct{ *provider }
+
+// BestOptions implements server.Ranker.
+func (r ranker) BestOptions(options []server.ExpanderOption) []model.GroupID {
+	translated := make([]controller.Option, 0, len(options))
+	for _, o := range options {
+		keys := r.world.KeysFor(o.Group)
+		jobs := map[model.CacheKey]int{}
+		for pod, err := range o.Pods() {
+			if err != nil {
+				r.log.Warn("a pending pod cannot be read; it counts as one of an unknown key", "err", err)
+				jobs[""]++
+				continue
+			}
+			jobs[kube.CacheKey(pod.Labels, pod.Annotations, keys)]++
+		}
+		translated = append(translated, controller.Option{Group: o.Group, Nodes: o.NodeCount, Jobs: jobs})
+	}
+	return []model.GroupID{r.controller.BestOption(translated)}
+}

@@ -1,0 +1,783 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hearth-ci/hearth/internal/telemetry"
+	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
+	"github.com/hearth-ci/hearth/pkg/scoring"
+)
+
+// Config is what a Controller needs. Zero durations take the defaults below.
+type Config struct {
+	Backend Backend
+	Store   Store
+	Nodes   Nodes
+	Pods    Pods
+	Events  Events
+	World   *World
+	// Watched says whether the watches have delivered everything that existed
+	// at their start. Once true it stays true.
+	Watched func() bool
+	Groups  []model.NodeGroup
+	Metrics *telemetry.Metrics
+	Logger  *slog.Logger
+	// Tick is how often what waits for time is looked at, PlanEvery how often
+	// idle nodes are planned anew. Defaults 1 s and 5 s.
+	Tick, PlanEvery time.Duration
+	// SnapshotEvery is the time between two readings of the cloud at rest,
+	// SnapshotFast while something is under way. Defaults 10 s and 1 s.
+	SnapshotEvery, SnapshotFast time.Duration
+	// RecordWithin bounds the write before an answer: cluster-autoscaler waits
+	// 5 s in all. Default 3 s.
+	RecordWithin time.Duration
+	// OnSynced is called once, when the first view is there.
+	OnSynced func()
+}
+
+func (c *Config) validate() error {
+	for name, missing := range map[string]bool{
+		"Backend": c.Backend == nil, "Store": c.Store == nil, "Nodes": c.Nodes == nil, "Pods": c.Pods == nil,
+		"Events": c.Events == nil, "World": c.World == nil, "Watched": c.Watched == nil,
+		"Metrics": c.Metrics == nil, "Logger": c.Logger == nil,
+	} {
+		if missing {
+			return fmt.Errorf("controller config: %s is required", name)
+		}
+	}
+	for _, d := range []struct {
+		field *time.Duration
+		value time.Duration
+	}{{&c.Tick, time.Second}, {&c.PlanEvery, 5 * time.Second}, {&c.SnapshotEvery, 10 * time.Second}, {&c.SnapshotFast, time.Second}, {&c.RecordWithin, 3 * time.Second}} {
+		if *d.field == 0 {
+			*d.field = d.value
+		}
+	}
+	if c.OnSynced == nil {
+		c.OnSynced = func() {}
+	}
+	return nil
+}
+
+// Controller is the loop. View and the write methods are safe for concurrent
+// use; before Run has synced and after it has ended View is nil and writes are
+// refused as unavailable.
+type Controller struct {
+	cfg      Config
+	log      *slog.Logger
+	view     atomic.Pointer[nodegroups.FleetView]
+	spare    atomic.Pointer[map[model.GroupID]spare]
+	commands chan *command
+	groups   chan []model.NodeGroup
+	results  chan result
+	readings chan reading
+	poll     chan struct{}
+	records  *recorder
+	fast     atomic.Bool
+}
+
+// New checks the configuration. It starts nothing.
+func New(cfg Config) (*Controller, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	return &Controller{
+		cfg:      cfg,
+		log:      cfg.Logger,
+		commands: make(chan *command),
+		groups:   make(chan []model.NodeGroup, 1),
+		results:  make(chan result),
+		readings: make(chan reading),
+		poll:     make(chan struct{}, 1),
+		records:  newRecorder(cfg.Store, cfg.Logger),
+	}, nil
+}
+
+// View is what cluster-autoscaler is told, nil before the first snapshot and
+// while not leading.
+func (c *Controller) View() *nodegroups.FleetView { return c.view.Load() }
+
+// SetGroups replaces the declared groups after a reload of the config. It takes
+// effect at once, but for the list of groups that cluster-autoscaler sees: that
+// one changes at its next Refresh.
+func (c *Controller) SetGroups(groups []model.NodeGroup) {
+	select {
+	case <-c.groups: // an older declaration that was not taken yet
+	default:
+	}
+	c.groups <- groups
+}
+
+// Run leads until ctx ends or another process is found to lead. It returns
+// when every goroutine that it started has ended.
+func (c *Controller) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer c.view.Store(nil)
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel(nil)
+
+	o := &owner{
+		Controller: c, ctx: ctx, stop: cancel, work: &wg,
+		fleet:       map[model.GroupID]*nodegroups.Group{},
+		declared:    map[model.GroupID]model.NodeGroup{},
+		annotations: map[model.GroupID]map[string]string{},
+		problems:    map[model.GroupID][]nodegroups.AnnotationError{},
+		registered:  map[model.InstanceID]model.Node{},
+		names:       map[model.NodeName]model.InstanceID{},
+		unsettled:   map[model.GroupID]bool{},
+		groupOf:     map[model.InstanceID]model.GroupID{},
+		dirty:       map[model.GroupID]bool{},
+		history:     newHistory(),
+		marking:     map[model.InstanceID]time.Time{},
+		reported:    map[model.GroupID]map[model.InstanceID]report{},
+		summaries:   map[model.GroupID]model.GroupSummary{},
+		cloudErrors: map[model.GroupID]string{},
+		places:      make(chan struct{}, 32),
+	}
+	for !c.cfg.Watched() {
+		if !pause(ctx, 50*time.Millisecond) {
+			return ended(ctx)
+		}
+	}
+	for !o.begin(ctx) {
+		if !pause(ctx, 2*time.Second) {
+			return ended(ctx)
+		}
+	}
+	wg.Go(func() { c.pollCloud(ctx) })
+	wg.Go(func() { c.records.run(ctx, cancel) })
+	o.loop()
+	return ended(ctx)
+}
+
+// pause waits; false when ctx ended first.
+func pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// ended is why Run returns: nil when it was asked to.
+func ended(ctx context.Context) error {
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return nil
+}
+
+// reading is one answer of the cloud.
+type reading struct {
+	at       time.Time
+	snapshot model.Snapshot
+	err      error
+}
+
+// pollCloud reads the cloud: when asked to, often while something is under
+// way, seldom at rest.
+func (c *Controller) pollCloud(ctx context.Context) {
+	for {
+		at := time.Now()
+		readCtx, cancel := context.WithTimeout(ctx, 30*time.Second)
+		snapshot, err := c.cfg.Backend.Snapshot(readCtx)
+		cancel()
+		c.observeCall("snapshot", at, err)
+		select {
+		case c.readings <- reading{at, snapshot, err}:
+		case <-ctx.Done():
+			return
+		}
+		wait := c.cfg.SnapshotEvery
+		if c.fast.Load() || err != nil {
+			wait = c.cfg.SnapshotFast
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-timer.C:
+		case <-c.poll:
+			timer.Stop()
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		}
+	}
+}
+
+func (c *Controller) pollNow() {
+	select {
+	case c.poll <- struct{}{}:
+	default:
+	}
+}
+
+func (c *Controller) observeCall(operation string, began time.Time, err error) {
+	code := "ok"
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		code = "timeout"
+	case errors.Is(err, context.Canceled):
+		code = "canceled"
+	case err != nil:
+		code = "error"
+	}
+	c.cfg.Metrics.CloudRequestDuration.WithLabelValues(operation, code).Observe(time.Since(began).Seconds())
+}
+
+// owner is the state of the one goroutine that owns the fleet.
+type owner struct {
+	*Controller
+	ctx  context.Context //nolint:containedctx // the owner lives exactly as long as Run
+	stop context.CancelCauseFunc
+	work *sync.WaitGroup
+
+	fleet       map[model.GroupID]*nodegroups.Group
+	declared    map[model.GroupID]model.NodeGroup
+	annotations map[model.GroupID]map[string]string // of the RunnerNodeGroup objects
+	problems    map[model.GroupID][]nodegroups.AnnotationError
+	cloudErrors map[model.GroupID]string
+	registered  map[model.InstanceID]model.Node // Node objects that have a providerID
+	names       map[model.NodeName]model.InstanceID
+	groupOf     map[model.InstanceID]model.GroupID
+	dirty       map[model.GroupID]bool
+	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
+	history     *history
+	marking     map[model.InstanceID]time.Time // marks that are being written, or may be tried again from then on
+	reported    map[model.GroupID]map[model.InstanceID]report
+	restored    []model.NodeRecord
+	summaries   map[model.GroupID]model.GroupSummary
+	places      chan struct{} // effects under way at most
+	storeDown   time.Time     // no record is written before this, but for an RPC
+	started     bool
+	readAt      time.Time // of the newest good reading of the cloud
+	planned     time.Time
+}
+
+// begin builds the fleet from the declaration and from what an earlier life
+// recorded; false when that cannot be read.
+func (o *owner) begin(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	records, annotations, nodes, err := o.cfg.Store.Load(ctx)
+	if err != nil {
+		o.log.Error("reading what an earlier life recorded failed; trying again", "err", err)
+		return false
+	}
+	for _, r := range nodes {
+		o.history.restore(r)
+		o.groupOf[r.ID] = r.Group
+	}
+	o.restored = nodes
+	// Annotations must be known before the groups are, so that the first view
+	// is already the right one.
+	changedNodes, pods, newer := o.cfg.World.take()
+	maps.Copy(o.annotations, annotations)
+	maps.Copy(o.annotations, newer)
+	for _, spec := range o.cfg.Groups {
+		o.declare(spec, records[spec.ID])
+	}
+	o.observe(changedNodes, pods, nil)
+	return true
+}
+
+// declare adds a group or changes its declaration.
+func (o *owner) declare(spec model.NodeGroup, record nodegroups.Record) {
+	o.declared[spec.ID] = spec
+	settings, problems := nodegroups.ParseSettings(spec, nodegroups.Merge(o.annotations[spec.ID], spec.Annotations))
+	o.sayProblems(spec.ID, problems)
+	if g := o.fleet[spec.ID]; g != nil {
+		o.apply(g, nodegroups.Configure{Group: spec, Settings: settings})
+		return
+	}
+	o.fleet[spec.ID] = nodegroups.NewGroup(spec, settings, record)
+	for id := range record.Intents {
+		o.groupOf[id] = spec.ID
+	}
+	o.dirty[spec.ID] = true
+}
+
+// sayProblems reports annotations that could not be used, each once.
+func (o *owner) sayProblems(group model.GroupID, problems []nodegroups.AnnotationError) {
+	for _, p := range problems {
+		if !slices.Contains(o.problems[group], p) {
+			o.log.Warn("annotation cannot be used", "nodegroup", group, "err", p)
+			o.cfg.Events.Group(group, model.SeverityWarning, "InvalidAnnotation", p.Error())
+		}
+	}
+	o.problems[group] = problems
+	o.cfg.Metrics.AnnotationErrors.WithLabelValues(string(group)).Set(float64(len(problems)))
+}
+
+func (o *owner) loop() {
+	tick := time.NewTicker(o.cfg.Tick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-o.ctx.Done():
+			return
+		case cmd := <-o.commands:
+			o.command(cmd)
+		case <-o.cfg.World.wake:
+			o.observe(o.cfg.World.take())
+		case r := <-o.results:
+			o.finished(r)
+		case r := <-o.readings:
+			o.read(r)
+		case groups := <-o.groups:
+			o.redeclare(groups)
+		case <-tick.C:
+			for id := range o.unsettled {
+				o.dirty[id] = true
+			}
+			if o.started {
+				o.cfg.Metrics.SnapshotAge.Set(time.Since(o.readAt).Seconds())
+			}
+			if o.started && time.Since(o.planned) >= o.cfg.PlanEvery {
+				o.plan()
+			}
+		}
+		o.advance()
+	}
+}
+
+// redeclare takes a new config file. Groups that are no longer declared are
+// left as they are, to whoever manages them now.
+func (o *owner) redeclare(groups []model.NodeGroup) {
+	kept := map[model.GroupID]bool{}
+	for _, spec := range groups {
+		kept[spec.ID] = true
+		o.declare(spec, nodegroups.Record{})
+	}
+	for id := range o.fleet {
+		if !kept[id] {
+			o.log.Info("node group is no longer declared; its nodes are left as they are", "nodegroup", id)
+			delete(o.fleet, id)
+			delete(o.declared, id)
+			delete(o.dirty, id)
+			delete(o.unsettled, id)
+			delete(o.reported, id)
+			delete(o.summaries, id)
+			o.cfg.Metrics.ForgetGroup(string(id))
+		}
+	}
+	o.pollNow()
+}
+
+// observe takes in what the watches saw.
+func (o *owner) observe(nodes []nodeChange, pods []podChange, annotations map[model.GroupID]map[string]string) {
+	now := time.Now()
+	for group, a := range annotations {
+		o.annotations[group] = a
+		if spec, ok := o.declared[group]; ok {
+			o.declare(spec, nodegroups.Record{})
+		}
+	}
+	for _, n := range nodes {
+		o.observeNode(n)
+	}
+	for _, p := range pods {
+		if p.pod.Kind != model.PodRunner {
+			continue
+		}
+		if p.gone {
+			o.history.gone(p.pod, now)
+		} else {
+			o.seePod(p.pod, now)
+		}
+		o.observeBusy(p.pod.Node)
+	}
+}
+
+func (o *owner) seePod(p model.Pod, now time.Time) {
+	instance := o.names[p.Node]
+	started := o.history.see(p, instance, now)
+	group := o.groupOf[instance]
+	if started == nil || group == "" {
+		return
+	}
+	temperature := "cold"
+	if started.warm {
+		temperature = "warm"
+	}
+	o.cfg.Metrics.Jobs.WithLabelValues(string(group), temperature).Inc()
+	o.cfg.Metrics.JobWait.WithLabelValues(string(group)).Observe(max(started.wait, 0).Seconds())
+	o.log.Info("CI job started", "nodegroup", group, "node", p.Node, "key", p.Key, "temperature", temperature, "waited", started.wait)
+}
+
+func (o *owner) observeNode(c nodeChange) {
+	name, id := c.node.Name, c.node.ID
+	if before, known := o.names[name]; known && (c.gone || before != id) {
+		// Deleted, or the name was given to another instance.
+		delete(o.names, name)
+		delete(o.registered, before)
+		delete(o.history.idleSince, name)
+		o.applyTo(before, nodegroups.ObserveNodeGone{Instance: before})
+		o.release(before)
+	}
+	if c.gone || id == "" {
+		return
+	}
+	o.names[name], o.registered[id] = id, c.node
+	if group := model.GroupID(c.node.Labels[model.Prefix+"/node-group"]); group != "" && o.groupOf[id] == "" {
+		o.groupOf[id] = group
+	}
+	o.applyTo(id, nodegroups.ObserveNode{Node: c.node})
+	o.observeBusy(name)
+}
+
+// release forgets whose an instance was, once neither it nor its Node exists.
+func (o *owner) release(id model.InstanceID) {
+	if _, registered := o.registered[id]; registered {
+		return
+	}
+	if g := o.fleet[o.groupOf[id]]; g == nil || !g.Has(id) {
+		delete(o.groupOf, id)
+		o.history.forget(id)
+	}
+}
+
+// observeBusy tells the fleet whether runner pods are on a node.
+func (o *owner) observeBusy(name model.NodeName) {
+	if id, ok := o.names[name]; ok {
+		o.applyTo(id, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(name)})
+	}
+}
+
+// applyTo applies an observation to the group of an instance, if it is ours.
+func (o *owner) applyTo(id model.InstanceID, event nodegroups.Event) {
+	if g := o.fleet[o.groupOf[id]]; g != nil {
+		o.apply(g, event)
+	}
+}
+
+// apply applies an event that neither commits before an answer nor is refused:
+// an observation, a decision or the end of an effect.
+func (o *owner) apply(g *nodegroups.Group, event nodegroups.Event) {
+	out, err := g.Step(event, time.Now())
+	if err != nil {
+		o.log.Error("event refused", "nodegroup", g.Spec().ID, "event", fmt.Sprintf("%T", event), "err", err)
+		return
+	}
+	o.committed(g, out)
+	o.dirty[g.Spec().ID] = true
+}
+
+// committed passes on what a step came to.
+func (o *owner) committed(g *nodegroups.Group, out nodegroups.Outcome) {
+	if out.Commit == nodegroups.CommitSoon {
+		o.records.later(g.Spec().ID, g.Record(), o.summary(g))
+	}
+	o.say(g, out.Notes)
+}
+
+// read takes in one reading of the cloud.
+func (o *owner) read(r reading) {
+	if r.err != nil {
+		o.log.Error("reading the cloud failed; the last snapshot goes on serving", "err", r.err)
+		return
+	}
+	for id, err := range r.snapshot.Errors {
+		if o.cloudErrors[id] != err.Error() {
+			o.log.Error("reading a node group failed; its last snapshot goes on serving", "nodegroup", id, "err", err)
+			o.cloudErrors[id] = err.Error()
+		}
+	}
+	for id, s := range r.snapshot.Groups {
+		g := o.fleet[id]
+		if g == nil {
+			continue
+		}
+		delete(o.cloudErrors, id)
+		s.TakenAt = r.at
+		for _, i := range s.Instances {
+			if o.groupOf[i.ID] != id {
+				o.groupOf[i.ID] = id
+				o.handOver(g, i.ID)
+			}
+		}
+		o.apply(g, nodegroups.ObserveCloud{Snapshot: s})
+	}
+	o.readAt = r.at
+	o.start()
+}
+
+// handOver tells a group what was observed of an instance before it was known
+// to be the group's.
+func (o *owner) handOver(g *nodegroups.Group, id model.InstanceID) {
+	if node, ok := o.registered[id]; ok {
+		o.apply(g, nodegroups.ObserveNode{Node: node})
+		o.apply(g, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(node.Name)})
+	}
+}
+
+// start publishes the first view, once every group has been read.
+func (o *owner) start() {
+	if o.started {
+		return
+	}
+	for id, g := range o.fleet {
+		if !g.Synced() {
+			o.log.Warn("waiting for the first snapshot of a node group", "nodegroup", id, "err", o.cloudErrors[id])
+			return
+		}
+	}
+	o.started = true
+	o.plan()
+	o.publish()
+	o.dropOrphans()
+	o.log.Info("serving", "nodegroups", len(o.fleet))
+	o.cfg.OnSynced()
+}
+
+// dropOrphans deletes the records of instances that ended while nobody looked.
+func (o *owner) dropOrphans() {
+	for _, r := range o.restored {
+		g := o.fleet[r.Group]
+		if g == nil {
+			continue
+		}
+		if !g.Has(r.ID) {
+			o.release(r.ID)
+			o.records.dropNode(r.ID)
+		}
+	}
+	o.restored = nil
+}
+
+// publish makes every group's view the one that is read.
+func (o *owner) publish() {
+	views := make([]*nodegroups.View, 0, len(o.fleet))
+	for _, g := range o.fleet {
+		if v := g.View(); v != nil {
+			views = append(views, v)
+		}
+	}
+	o.view.Store(nodegroups.NewFleetView(views))
+	o.publishSpare()
+}
+
+// advance lets every group that may have something to do go on.
+func (o *owner) advance() {
+	if !o.started {
+		return
+	}
+	now := time.Now()
+	for _, id := range slices.Sorted(maps.Keys(o.dirty)) {
+		g := o.fleet[id]
+		if g == nil || !g.Synced() {
+			delete(o.dirty, id)
+			continue
+		}
+		next := g.Clone()
+		out, effects := next.Ready(now)
+		if out.Commit == nodegroups.CommitFirst {
+			if now.Before(o.storeDown) {
+				continue // stays dirty
+			}
+			if err := o.record(o.ctx, next); err != nil {
+				o.log.Error("recording failed; trying again", "nodegroup", id, "err", err)
+				continue
+			}
+		}
+		delete(o.dirty, id)
+		o.fleet[id] = next
+		o.committed(next, out)
+		for _, e := range effects {
+			o.perform(e)
+		}
+		o.mark(next, now)
+		o.reportNodes(next, now)
+		if next.Settled() {
+			delete(o.unsettled, id)
+		} else {
+			o.unsettled[id] = true
+		}
+	}
+	o.fast.Store(len(o.unsettled) > 0)
+}
+
+// record writes a group's record before anything rests on it.
+func (o *owner) record(ctx context.Context, g *nodegroups.Group) error {
+	ctx, cancel := context.WithTimeout(ctx, o.cfg.RecordWithin)
+	defer cancel()
+	summary := o.summary(g)
+	err := o.records.now(ctx, g.Spec().ID, g.Record(), summary)
+	switch {
+	case errors.Is(err, model.ErrSuperseded):
+		o.stop(err)
+	case err != nil:
+		o.storeDown = time.Now().Add(o.cfg.RecordWithin)
+	}
+	return err
+}
+
+// result is the end of an effect.
+type result struct {
+	effect nodegroups.Effect
+	err    error
+	at     time.Time
+	idle   bool // Confirm
+}
+
+// perform carries out an effect beside the loop.
+func (o *owner) perform(e nodegroups.Effect) {
+	o.work.Go(func() {
+		select {
+		case o.places <- struct{}{}:
+			defer func() { <-o.places }()
+		case <-o.ctx.Done():
+			return
+		}
+		ctx, cancel := context.WithTimeout(o.ctx, time.Minute)
+		defer cancel()
+		idle, err := o.act(ctx, e)
+		select {
+		case o.results <- result{e, err, time.Now(), idle}:
+		case <-o.ctx.Done():
+		}
+	})
+}
+
+// act calls the port that an effect belongs to.
+func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (idle bool, err error) {
+	began := time.Now()
+	switch e.Verb {
+	case nodegroups.Resize:
+		err = c.cfg.Backend.Resize(ctx, e.Group, e.Desired)
+	case nodegroups.Terminate:
+		err = c.cfg.Backend.Terminate(ctx, e.Group, e.Instances)
+	case nodegroups.Stop:
+		err = c.cfg.Backend.Stop(ctx, e.Group, e.Instances)
+	case nodegroups.Start:
+		err = c.cfg.Backend.Start(ctx, e.Group, e.Instances)
+	case nodegroups.Taint:
+		err = c.cfg.Nodes.Taint(ctx, e.Node.Name, e.Node.UID)
+	case nodegroups.Untaint:
+		err = c.cfg.Nodes.Untaint(ctx, e.Node.Name, e.Node.UID)
+	case nodegroups.ClearAutoscalerTaint:
+		err = c.cfg.Nodes.ClearCATaint(ctx, e.Node.Name, e.Node.UID)
+	case nodegroups.DeleteNode:
+		err = c.cfg.Nodes.Delete(ctx, e.Node.Name, e.Node.UID)
+	case nodegroups.Confirm:
+		var pods []model.Pod
+		pods, err = c.cfg.Pods.RunnerPods(ctx, e.Node.Name)
+		idle = err == nil && len(pods) == 0
+	default:
+		err = fmt.Errorf("unknown effect %q", e.Verb)
+	}
+	if e.Verb.Cloud() {
+		c.observeCall(string(e.Verb), began, err)
+	}
+	return idle, err
+}
+
+// finished takes in the end of an effect.
+func (o *owner) finished(r result) {
+	g := o.fleet[r.effect.Group]
+	if g == nil {
+		return
+	}
+	if r.err != nil {
+		o.log.Error("acting failed; it will be tried again", "nodegroup", r.effect.Group, "action", r.effect.Verb,
+			"node", r.effect.Node.Name, "instances", len(r.effect.Instances), "err", r.err)
+	}
+	o.apply(g, nodegroups.Done{Effect: r.effect, Err: r.err, At: r.at})
+	if r.effect.Verb == nodegroups.Confirm && r.err == nil {
+		o.apply(g, nodegroups.Confirmed{Instance: r.effect.Node.ID, Idle: r.idle})
+	}
+	if r.effect.Verb.Cloud() {
+		o.pollNow()
+	}
+}
+
+// bounds are the annotations that win over the policy at a time.
+func bounds(s nodegroups.Settings, now time.Time) scoring.Bounds {
+	b := scoring.Bounds{MinWarm: s.MinWarmAt(now), MaxWarm: s.MaxWarm, Park: s.Park == nodegroups.ParkStop}
+	if s.MaxIdle != nil {
+		b.MaxIdle = *s.MaxIdle
+	}
+	return b
+}
+
+// plan decides for every idle node, and asks for the idle nodes that min-warm
+// wants and that are not there.
+func (o *owner) plan() {
+	now := time.Now()
+	o.planned = now
+	for _, id := range slices.Sorted(maps.Keys(o.fleet)) {
+		g := o.fleet[id]
+		o.dirty[id] = true
+		settings := g.Settings()
+		if !settings.Runner() || !g.Synced() {
+			continue
+		}
+		var nodes []scoring.Node
+		for _, n := range g.Nodes() {
+			if n.Phase == model.PhaseReady {
+				nodes = append(nodes, o.scored(n, now))
+			}
+		}
+		b := bounds(settings, now)
+		o.apply(g, nodegroups.Decide{Verdicts: scoring.Plan(nodes, b, now)})
+		idle := 0
+		for _, n := range nodes {
+			if !n.Busy {
+				idle++
+			}
+		}
+		if want := b.MinWarm - idle; want > 0 && !now.Before(o.storeDown) {
+			// A prescale that is not recorded is simply asked again.
+			err := o.write(o.ctx, id, nodegroups.Prescale{Want: want, Reason: "min-warm", Prefer: o.preferred(g, now)})
+			if err != nil && nodegroups.KindOf(err) != nodegroups.KindUnavailable {
+				o.log.Error("launching for min-warm failed", "nodegroup", id, "err", err)
+			}
+		}
+	}
+}
+
+// scored is a node as the policy sees it.
+func (o *owner) scored(n nodegroups.NodeStatus, now time.Time) scoring.Node {
+	since := n.Node.ReadyChanged
+	if idle := o.history.idleSince[n.Node.Name]; idle.After(since) {
+		since = idle
+	}
+	for _, use := range o.history.keys[n.ID] {
+		if use.Last.After(since) && !use.Last.After(now) {
+			since = use.Last
+		}
+	}
+	return scoring.Node{Instance: n.ID, Busy: n.Busy, IdleSince: since, Keys: o.history.keys[n.ID]}
+}
+
+func (o *owner) parked(g *nodegroups.Group, now time.Time) (parked []scoring.Node) {
+	for _, n := range g.Nodes() {
+		if n.Phase == model.PhaseParked {
+			parked = append(parked, o.scored(n, now))
+		}
+	}
+	return parked
+}
+
+// preferred ranks the parked nodes of a group for the jobs that wait.
+func (o *owner) preferred(g *nodegroups.Group, now time.Time) []model.InstanceID {
+	parked := o.parked(g, now)
+	if len(parked) == 0 {
+		return nil
+	}
+	ranked, _ := scoring.RankParked(parked, o.history.waiting(g.Spec().ID), g.Settings().JobsPerNode, len(parked), now)
+	return ranked
+}

@@ -1,0 +1,69 @@
+package controller
+
+import (
+	"context"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
+)
+
+// Backend is a cloud. All methods are safe for concurrent use and idempotent:
+// a call that may have taken effect is simply made again.
+type Backend interface {
+	// Snapshot reads all groups. An error means that nothing could be read; a
+	// group that could not be read alone is in Snapshot.Errors.
+	Snapshot(ctx context.Context) (model.Snapshot, error)
+	// Resize sets how many pending and running instances the cloud works
+	// towards. Lowering it only cancels what is not yet an instance.
+	Resize(ctx context.Context, group model.GroupID, desired int) error
+	// Terminate and Stop lower the desired number by every instance that was
+	// pending or running; Start raises it. Unknown instances are skipped.
+	Terminate(ctx context.Context, group model.GroupID, ids []model.InstanceID) error
+	Stop(ctx context.Context, group model.GroupID, ids []model.InstanceID) error
+	Start(ctx context.Context, group model.GroupID, ids []model.InstanceID) error
+}
+
+// Store keeps what must survive. Writes of one group are never made at the
+// same time. ErrSuperseded from SaveGroup means that another process leads.
+type Store interface {
+	// Load returns the records of all groups, the annotations that people put
+	// on them, and what is known of their instances.
+	Load(ctx context.Context) (
+		records map[model.GroupID]nodegroups.Record,
+		annotations map[model.GroupID]map[string]string,
+		nodes []model.NodeRecord,
+		err error,
+	)
+	SaveGroup(ctx context.Context, group model.GroupID, record nodegroups.Record, summary model.GroupSummary) error
+	SaveNode(ctx context.Context, record model.NodeRecord) error
+	DeleteNode(ctx context.Context, id model.InstanceID) error
+}
+
+// Nodes acts on Node objects. Every method is idempotent, and a Node that does
+// not exist (or has another UID) is a success.
+type Nodes interface {
+	// Taint puts our draining taint on; Untaint takes it off again, with
+	// cluster-autoscaler's taint and the cordon that came with it.
+	Taint(ctx context.Context, name model.NodeName, uid string) error
+	Untaint(ctx context.Context, name model.NodeName, uid string) error
+	// ClearCATaint removes cluster-autoscaler's ToBeDeleted taint.
+	ClearCATaint(ctx context.Context, name model.NodeName, uid string) error
+	Delete(ctx context.Context, name model.NodeName, uid string) error
+	// Mark makes the node's annotations those of marks; a person's own
+	// scale-down-disabled is never touched.
+	Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error
+}
+
+// Pods reads pods past every cache.
+type Pods interface {
+	// RunnerPods lists the pods of CI jobs that are bound to the node and have
+	// not finished.
+	RunnerPods(ctx context.Context, node model.NodeName) ([]model.Pod, error)
+}
+
+// Events tells people what happened, beside the object that it happened to.
+// Implementations drop events rather than block.
+type Events interface {
+	Node(node model.Node, severity model.Severity, reason, message string)
+	Group(group model.GroupID, severity model.Severity, reason, message string)
+}

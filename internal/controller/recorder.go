@@ -1,0 +1,203 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
+)
+
+// recorder writes to the store: at once where an answer rests on it, else
+// beside the loop, the newest state only. Writes of one group never overtake
+// each other.
+type recorder struct {
+	store Store
+	log   *slog.Logger
+
+	mu      sync.Mutex
+	groups  map[model.GroupID]groupWrite
+	nodes   map[model.InstanceID]model.NodeRecord
+	dropped map[model.InstanceID]bool
+	wake    chan struct{}
+
+	// writing holds one token per group under way.
+	writing map[model.GroupID]chan struct{}
+}
+
+type groupWrite struct {
+	record  nodegroups.Record
+	summary model.GroupSummary
+}
+
+func newRecorder(store Store, log *slog.Logger) *recorder {
+	return &recorder{
+		store: store, log: log,
+		groups:  map[model.GroupID]groupWrite{},
+		nodes:   map[model.InstanceID]model.NodeRecord{},
+		dropped: map[model.InstanceID]bool{},
+		wake:    make(chan struct{}, 1),
+		writing: map[model.GroupID]chan struct{}{},
+	}
+}
+
+// token returns the lock of a group's writes.
+func (r *recorder) token(id model.GroupID) chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	t := r.writing[id]
+	if t == nil {
+		t = make(chan struct{}, 1)
+		r.writing[id] = t
+	}
+	return t
+}
+
+// now writes a group's record and returns when it is written.
+func (r *recorder) now(ctx context.Context, id model.GroupID, record nodegroups.Record, summary model.GroupSummary) error {
+	token := r.token(id)
+	select {
+	case token <- struct{}{}:
+		defer func() { <-token }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	r.mu.Lock()
+	delete(r.groups, id) // what waited to be written is older
+	r.mu.Unlock()
+	return r.store.SaveGroup(ctx, id, record, summary)
+}
+
+// later writes a group's record soon.
+func (r *recorder) later(id model.GroupID, record nodegroups.Record, summary model.GroupSummary) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.groups[id] = groupWrite{record, summary}
+	r.signal()
+}
+
+func (r *recorder) saveNode(n model.NodeRecord) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.nodes[n.ID] = n
+	delete(r.dropped, n.ID)
+	r.signal()
+}
+
+func (r *recorder) dropNode(id model.InstanceID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.dropped[id] = true
+	delete(r.nodes, id)
+	r.signal()
+}
+
+func (r *recorder) signal() {
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run writes what waits until ctx ends. Failures are tried again with a pause;
+// what has been replaced meanwhile is not.
+func (r *recorder) run(ctx context.Context, stop context.CancelCauseFunc) {
+	for {
+		select {
+		case <-r.wake:
+		case <-ctx.Done():
+			return
+		}
+		if err := r.flush(ctx); err != nil && ctx.Err() == nil {
+			if errors.Is(err, model.ErrSuperseded) {
+				stop(err)
+				return
+			}
+			r.log.Warn("writing records failed; trying again", "err", err)
+			select {
+			case <-time.After(2 * time.Second):
+			case <-ctx.Done():
+				return
+			}
+			r.mu.Lock()
+			r.signal()
+			r.mu.Unlock()
+		}
+	}
+}
+
+// flush writes everything that waits, and keeps what could not be written.
+func (r *recorder) flush(ctx context.Context) error {
+	r.mu.Lock()
+	groups := slices.Sorted(maps.Keys(r.groups))
+	nodes, dropped := r.nodes, r.dropped
+	r.nodes, r.dropped = map[model.InstanceID]model.NodeRecord{}, map[model.InstanceID]bool{}
+	r.mu.Unlock()
+
+	var failed []error
+	for _, id := range groups {
+		if err := r.flushGroup(ctx, id); err != nil {
+			failed = append(failed, err)
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(nodes)) {
+		callCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := r.store.SaveNode(callCtx, nodes[id])
+		cancel()
+		if err != nil {
+			failed = append(failed, err)
+			r.mu.Lock()
+			if _, newer := r.nodes[id]; !newer && !r.dropped[id] {
+				r.nodes[id] = nodes[id]
+			}
+			r.mu.Unlock()
+		}
+	}
+	for _, id := range slices.Sorted(maps.Keys(dropped)) {
+		callCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
+		err := r.store.DeleteNode(callCtx, id)
+		cancel()
+		if err != nil {
+			failed = append(failed, err)
+			r.mu.Lock()
+			if _, again := r.nodes[id]; !again {
+				r.dropped[id] = true
+			}
+			r.mu.Unlock()
+		}
+	}
+	return errors.Join(failed...)
+}
+
+func (r *recorder) flushGroup(ctx context.Context, id model.GroupID) error {
+	token := r.token(id)
+	select {
+	case token <- struct{}{}:
+		defer func() { <-token }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	r.mu.Lock()
+	w, waits := r.groups[id]
+	delete(r.groups, id)
+	r.mu.Unlock()
+	if !waits {
+		return nil
+	}
+	callCtx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	err := r.store.SaveGroup(callCtx, id, w.record, w.summary)
+	if err != nil {
+		r.mu.Lock()
+		if _, newer := r.groups[id]; !newer {
+			r.groups[id] = w
+		}
+		r.mu.Unlock()
+	}
+	return err
+}

@@ -1,0 +1,154 @@
+package controller
+
+import (
+	"cmp"
+	"slices"
+	"sync"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
+)
+
+// World receives what the watches see and hands it to the owner of the fleet
+// in batches. Only the newest state of each object is kept, so its memory is
+// bounded by the cluster and a slow owner never blocks a watch; before there
+// is an owner (a stand-by waits for weeks) what is gone leaves no trace. Its
+// methods are safe for concurrent use.
+type World struct {
+	mu          sync.Mutex
+	owned       bool // take has been called
+	declared    map[model.GroupID]model.NodeGroup
+	seen        map[model.GroupID]map[string]string // annotations, the newest
+	keys        map[model.GroupID][]string          // cache-keys of each group
+	nodes       map[model.NodeName]nodeChange
+	pods        map[string]podChange
+	annotations map[model.GroupID]map[string]string
+	wake        chan struct{}
+}
+
+type nodeChange struct {
+	node model.Node
+	gone bool
+}
+
+type podChange struct {
+	pod  model.Pod
+	gone bool
+}
+
+// NewWorld returns a World in which nothing has been seen yet.
+func NewWorld(groups []model.NodeGroup) *World {
+	w := &World{
+		seen:        map[model.GroupID]map[string]string{},
+		nodes:       map[model.NodeName]nodeChange{},
+		pods:        map[string]podChange{},
+		annotations: map[model.GroupID]map[string]string{},
+		wake:        make(chan struct{}, 1),
+	}
+	w.SetGroups(groups)
+	return w
+}
+
+// SetGroups replaces the declared groups, whose annotations say what makes a
+// cache key.
+func (w *World) SetGroups(groups []model.NodeGroup) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.declared = make(map[model.GroupID]model.NodeGroup, len(groups))
+	w.keys = make(map[model.GroupID][]string, len(groups))
+	for _, g := range groups {
+		w.declared[g.ID] = g
+		w.readKeys(g.ID)
+	}
+}
+
+func (w *World) readKeys(id model.GroupID) {
+	if spec, ok := w.declared[id]; ok {
+		settings, _ := nodegroups.ParseSettings(spec, nodegroups.Merge(w.seen[id], spec.Annotations))
+		w.keys[id] = settings.CacheKeys
+	}
+}
+
+// KeysFor returns the labels or annotations that make a job's cache key in a
+// group; none means the default.
+func (w *World) KeysFor(group model.GroupID) []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.keys[group]
+}
+
+func (w *World) changed() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// NodeChanged notes the present state of a Node.
+func (w *World) NodeChanged(n model.Node) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.nodes[n.Name] = nodeChange{node: n}
+	w.changed()
+}
+
+// NodeGone notes that a Node, last seen as n, was deleted.
+func (w *World) NodeGone(n model.Node) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.owned {
+		delete(w.nodes, n.Name)
+		return
+	}
+	w.nodes[n.Name] = nodeChange{node: n, gone: true}
+	w.changed()
+}
+
+// PodChanged notes the present state of a pod.
+func (w *World) PodChanged(p model.Pod) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pods[p.UID] = podChange{pod: p}
+	w.changed()
+}
+
+// PodGone notes that a pod was deleted.
+func (w *World) PodGone(p model.Pod) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.owned {
+		delete(w.pods, p.UID)
+		return
+	}
+	w.pods[p.UID] = podChange{pod: p, gone: true}
+	w.changed()
+}
+
+// AnnotationsChanged notes the annotations of a group's RunnerNodeGroup.
+func (w *World) AnnotationsChanged(group model.GroupID, annotations map[string]string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.annotations[group] = annotations
+	w.seen[group] = annotations
+	w.readKeys(group)
+	w.changed()
+}
+
+// take returns what has changed since the last call, in a fixed order.
+func (w *World) take() (nodes []nodeChange, pods []podChange, annotations map[model.GroupID]map[string]string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.owned = true
+	for _, n := range w.nodes {
+		nodes = append(nodes, n)
+	}
+	for _, p := range w.pods {
+		pods = append(pods, p)
+	}
+	annotations = w.annotations
+	w.nodes, w.pods = map[model.NodeName]nodeChange{}, map[string]podChange{}
+	w.annotations = map[model.GroupID]map[string]string{}
+	slices.SortFunc(nodes, func(a, b nodeChange) int { return cmp.Compare(a.node.Name, b.node.Name) })
+	slices.SortFunc(pods, func(a, b podChange) int { return cmp.Compare(a.pod.UID, b.pod.UID) })
+	return nodes, pods, annotations
+}

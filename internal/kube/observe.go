@@ -1,0 +1,194 @@
+package kube
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/hearth-ci/hearth/api/v1alpha1"
+	"github.com/hearth-ci/hearth/pkg/model"
+)
+
+// nodeFrom says what matters of a Node. It shares nothing with it but labels.
+func nodeFrom(n *corev1.Node) model.Node {
+	out := model.Node{
+		Name:          model.NodeName(n.Name),
+		UID:           string(n.UID),
+		ID:            model.InstanceID(n.Spec.ProviderID),
+		Created:       n.CreationTimestamp.Time,
+		Unschedulable: n.Spec.Unschedulable,
+		Marks: model.Marks{
+			Decision:      model.Decision(n.Annotations[annotationDecision]),
+			Reason:        n.Annotations[annotationReason],
+			Protected:     n.Annotations[annotationScaleDownDisabled] == "true",
+			ProtectedByUs: n.Annotations[annotationProtectedBy] == protectedByUs,
+		},
+		Labels: n.Labels,
+	}
+	for _, c := range n.Status.Conditions {
+		if c.Type != corev1.NodeReady {
+			continue
+		}
+		out.Ready = c.Status == corev1.ConditionTrue
+		out.ReadyChanged = c.LastTransitionTime.Time
+		if c.Reason == "NodeStatusNeverUpdated" {
+			// Set by the node lifecycle controller for a kubelet that never
+			// spoke: the condition did not change, there was none.
+			out.ReadyChanged = out.Created
+		}
+	}
+	for _, t := range n.Spec.Taints {
+		switch t.Key {
+		case taintDraining:
+			out.Draining = true
+		case taintToBeDeleted:
+			out.CATaintSince = taintedSince(t, out.Created)
+		}
+	}
+	return out
+}
+
+// taintedSince says when cluster-autoscaler put its taint on. A value that
+// cannot be read must not make the taint invisible.
+func taintedSince(t corev1.Taint, created time.Time) time.Time {
+	if seconds, err := strconv.ParseInt(t.Value, 10, 64); err == nil && seconds > 0 {
+		return time.Unix(seconds, 0)
+	}
+	if t.TimeAdded != nil {
+		return t.TimeAdded.Time
+	}
+	return created
+}
+
+// podReader says what matters of a pod.
+type podReader struct {
+	engines labels.Selector
+	// groupOf returns the group with that value of the node group label.
+	groupOf func(label string) model.GroupID
+	// nodeGroup returns the group of a Node, empty when it has none.
+	nodeGroup func(model.NodeName) model.GroupID
+	keysFor   func(model.GroupID) []string
+}
+
+// pod reads a pod. Of one that is to be ignored only the names are read.
+func (r podReader) pod(p *corev1.Pod) model.Pod {
+	out := model.Pod{
+		Namespace: p.Namespace, Name: p.Name, UID: string(p.UID),
+		Node: model.NodeName(p.Spec.NodeName),
+		Kind: r.kind(p),
+	}
+	if out.Kind == model.PodIgnored {
+		return out
+	}
+	out.Created = p.CreationTimestamp.Time
+	if p.Status.StartTime != nil {
+		out.Started = p.Status.StartTime.Time
+	}
+	out.Finished = finished(p)
+	if label := p.Spec.NodeSelector[v1alpha1.NodeGroupLabel]; label != "" {
+		out.Group = r.groupOf(label)
+	}
+	if out.Kind == model.PodRunner {
+		group := out.Group
+		if group == "" && out.Node != "" {
+			group = r.nodeGroup(out.Node)
+		}
+		out.Key = CacheKey(p.Labels, p.Annotations, r.keysFor(group))
+	}
+	return out
+}
+
+func (r podReader) kind(p *corev1.Pod) model.PodKind {
+	if r.engines.Matches(labels.Set(p.Labels)) {
+		return model.PodEngine
+	}
+	_, mirror := p.Annotations[corev1.MirrorPodAnnotationKey]
+	if owner := metav1.GetControllerOf(p); mirror || owner != nil && (owner.Kind == "DaemonSet" || owner.Kind == "Node") {
+		return model.PodIgnored
+	}
+	return model.PodRunner
+}
+
+// finished returns when the last container of a pod that is over ended, and
+// zero of any other. One that was evicted has no containers to ask.
+func finished(p *corev1.Pod) (at time.Time) {
+	if p.Status.Phase != corev1.PodSucceeded && p.Status.Phase != corev1.PodFailed {
+		return time.Time{}
+	}
+	latest := func(t metav1.Time) {
+		if t.After(at) {
+			at = t.Time
+		}
+	}
+	for _, c := range slices.Concat(p.Status.InitContainerStatuses, p.Status.ContainerStatuses) {
+		if c.State.Terminated != nil {
+			latest(c.State.Terminated.FinishedAt)
+		}
+	}
+	if at.IsZero() {
+		for _, c := range p.Status.Conditions {
+			latest(c.LastTransitionTime)
+		}
+	}
+	if at.IsZero() {
+		at = p.CreationTimestamp.Time
+	}
+	return at
+}
+
+// maxKeyLength bounds a cache key in bytes: it becomes part of objects,
+// annotations and memory, and comes from whoever may create pods.
+const maxKeyLength = 253
+
+// CacheKey returns the key of the pipeline that a runner pod runs, or of the
+// best that is known of it; empty when nothing is. Keys are the labels or
+// annotations that make it, as a group's cache-keys says; a label wins over an
+// annotation of the same name. When the pod has none of them, or none are
+// given, what its CI system puts on every pod is used:
+//
+//   - hearth.dev/cache-key, which people set where they know better;
+//   - GitHub's actions-runner-controller: namespace and name of the runner
+//     scale set (labels, set by its controller);
+//   - GitLab Runner: the project's id (an annotation, in newer versions also a
+//     label).
+//
+// A key longer than 253 bytes is cut and ends in a hash of all of it.
+func CacheKey(labels, annotations map[string]string, keys []string) model.CacheKey {
+	value := func(key string) string {
+		return cmp.Or(strings.TrimSpace(labels[key]), strings.TrimSpace(annotations[key]))
+	}
+	joined := func(prefix string, keys ...string) string {
+		values := make([]string, len(keys))
+		for i, key := range keys {
+			values[i] = value(key)
+		}
+		if strings.Join(values, "") == "" {
+			return ""
+		}
+		return prefix + strings.Join(values, "/")
+	}
+	return bounded(cmp.Or(
+		joined("", keys...),
+		value(labelCacheKey),
+		joined("", "actions.github.com/scale-set-namespace", "actions.github.com/scale-set-name"),
+		joined("gitlab/", "project.runner.gitlab.com/id"),
+	))
+}
+
+func bounded(key string) model.CacheKey {
+	key = strings.ToValidUTF8(key, "?")
+	if len(key) <= maxKeyLength {
+		return model.CacheKey(key)
+	}
+	sum := sha256.Sum256([]byte(key))
+	tail := "~" + hex.EncodeToString(sum[:8])
+	return model.CacheKey(strings.ToValidUTF8(key[:maxKeyLength-len(tail)], "") + tail)
+}

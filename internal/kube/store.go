@@ -1,0 +1,204 @@
+package kube
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/hearth-ci/hearth/api/v1alpha1"
+	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
+)
+
+// Store keeps the records of groups and instances as RunnerNodeGroup and
+// RunnerNode objects. It relies on being the only writer of spec and status;
+// people write annotations, which it neither changes nor loses.
+//
+// Its methods may be called concurrently for different groups and instances;
+// calls for the same one must follow each other.
+type Store struct {
+	client client.Client
+
+	mu     sync.Mutex
+	groups map[model.GroupID]*stored
+}
+
+// stored is what is known of a group's object.
+type stored struct {
+	object *v1alpha1.RunnerNodeGroup // as last read or written; nil: read it again
+	uid    types.UID
+	// sequence is the one last read or written, tried that of a write whose
+	// fate is not known.
+	sequence, tried int64
+}
+
+// NewStore returns a store that has read nothing yet.
+func NewStore(c client.Client) *Store {
+	return &Store{client: c, groups: map[model.GroupID]*stored{}}
+}
+
+// Load reads everything that is kept: the records of all groups, the
+// annotations of their objects, and the instances. Who becomes leader calls it
+// before anything else; what other processes wrote before it is not an error
+// to SaveGroup afterwards.
+func (s *Store) Load(ctx context.Context) (
+	records map[model.GroupID]nodegroups.Record,
+	annotations map[model.GroupID]map[string]string,
+	nodes []model.NodeRecord,
+	err error,
+) {
+	var groupList v1alpha1.RunnerNodeGroupList
+	if err := s.client.List(ctx, &groupList); err != nil {
+		return nil, nil, nil, fmt.Errorf("listing RunnerNodeGroups: %w", err)
+	}
+	var nodeList v1alpha1.RunnerNodeList
+	if err := s.client.List(ctx, &nodeList); err != nil {
+		return nil, nil, nil, fmt.Errorf("listing RunnerNodes: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.groups = map[model.GroupID]*stored{}
+	records = map[model.GroupID]nodegroups.Record{}
+	annotations = map[model.GroupID]map[string]string{}
+	for _, o := range groupList.Items {
+		id := groupID(&o)
+		s.groups[id] = &stored{object: &o, uid: o.UID, sequence: o.Status.Sequence}
+		records[id] = recordFrom(o.Status)
+		annotations[id] = o.Annotations
+	}
+	for _, o := range nodeList.Items {
+		nodes = append(nodes, nodeRecordFrom(o))
+	}
+	return records, annotations, nodes, nil
+}
+
+// SaveGroup commits a group's record with one write of its object's status;
+// the object is made when there is none. When people changed its annotations
+// meanwhile it reads it again and retries until ctx ends. After an error the
+// record may or may not have been written; a later call settles that.
+//
+// It returns [model.ErrSuperseded] when another process has written a record
+// since this one read or wrote it.
+func (s *Store) SaveGroup(ctx context.Context, group model.GroupID, record nodegroups.Record, summary model.GroupSummary) error {
+	known := s.group(group)
+	status := groupStatus(record, summary)
+	for {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("saving node group %q: %w", group, err)
+		}
+		if known.object == nil {
+			if err := s.readGroup(ctx, group, known); err != nil {
+				return fmt.Errorf("saving node group %q: %w", group, err)
+			}
+		}
+		object := known.object.DeepCopy()
+		object.Status = status
+		known.tried = record.Sequence
+		known.object = nil // until the answer says what is there
+		err := s.client.Status().Update(ctx, object)
+		if apierrors.IsConflict(err) || apierrors.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("saving node group %q: %w", group, err)
+		}
+		s.remember(known, object)
+		return nil
+	}
+}
+
+// readGroup reads the group's object, or makes it, and checks that the record
+// in it is one that this process knows.
+func (s *Store) readGroup(ctx context.Context, group model.GroupID, known *stored) error {
+	object := &v1alpha1.RunnerNodeGroup{}
+	err := s.client.Get(ctx, client.ObjectKey{Name: v1alpha1.GroupName(group)}, object)
+	if apierrors.IsNotFound(err) {
+		object = &v1alpha1.RunnerNodeGroup{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.GroupName(group)}}
+		if object.Name != string(group) {
+			object.Spec.ID = string(group)
+		}
+		err = s.client.Create(ctx, object)
+	}
+	if err != nil {
+		return err
+	}
+	// Zero is an object without a record, perhaps made anew by a person.
+	if at := object.Status.Sequence; at != 0 && at != known.sequence && at != known.tried {
+		return fmt.Errorf("record %d, where %d was expected: %w", at, known.sequence, model.ErrSuperseded)
+	}
+	s.remember(known, object)
+	return nil
+}
+
+// group returns the entry of a group. All but its uid belongs to the group's
+// caller.
+func (s *Store) group(id model.GroupID) *stored {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	known := s.groups[id]
+	if known == nil {
+		known = &stored{}
+		s.groups[id] = known
+	}
+	return known
+}
+
+func (s *Store) remember(known *stored, object *v1alpha1.RunnerNodeGroup) {
+	known.object, known.sequence = object, object.Status.Sequence
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	known.uid = object.UID
+}
+
+// uid returns the UID of the group's object, empty when it was never seen.
+func (s *Store) uid(id model.GroupID) types.UID {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if known := s.groups[id]; known != nil {
+		return known.uid
+	}
+	return ""
+}
+
+// SaveNode creates the instance's RunnerNode or brings it up to date. It
+// writes only what differs: one read when nothing does.
+func (s *Store) SaveNode(ctx context.Context, r model.NodeRecord) error {
+	object := &v1alpha1.RunnerNode{}
+	err := s.client.Get(ctx, client.ObjectKey{Name: v1alpha1.NodeName(r.ID)}, object)
+	if apierrors.IsNotFound(err) {
+		object = &v1alpha1.RunnerNode{
+			ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.NodeName(r.ID)},
+			Spec:       nodeSpec(r),
+		}
+		err = s.client.Create(ctx, object)
+	}
+	if err == nil && object.Spec != nodeSpec(r) {
+		base := object.DeepCopy()
+		object.Spec = nodeSpec(r)
+		err = s.client.Patch(ctx, object, client.MergeFrom(base))
+	}
+	if status := nodeStatus(r); err == nil && !equality.Semantic.DeepEqual(object.Status, status) {
+		base := object.DeepCopy()
+		object.Status = status
+		err = s.client.Status().Patch(ctx, object, client.MergeFrom(base))
+	}
+	if err != nil {
+		return fmt.Errorf("saving instance %q: %w", r.ID, err)
+	}
+	return nil
+}
+
+// DeleteNode removes the instance's RunnerNode. That there is none is success.
+func (s *Store) DeleteNode(ctx context.Context, id model.InstanceID) error {
+	object := &v1alpha1.RunnerNode{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.NodeName(id)}}
+	if err := s.client.Delete(ctx, object); client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("forgetting instance %q: %w", id, err)
+	}
+	return nil
+}

@@ -1,0 +1,105 @@
+package telemetry
+
+import (
+	"runtime"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+)
+
+// Metrics are Hearth's own metrics. They may be used concurrently. What bounds
+// the number of series is that label values come from fixed sets: groups are
+// those that exist, phases are model.Phases, temperatures warm and cold, and
+// actions, reasons, operations and codes are stable words of the code.
+type Metrics struct {
+	Nodes       *prometheus.GaugeVec // nodegroup, phase
+	TargetSize  *prometheus.GaugeVec // nodegroup
+	HiddenNodes *prometheus.GaugeVec // nodegroup
+
+	Jobs    *prometheus.CounterVec   // nodegroup, temperature
+	JobWait *prometheus.HistogramVec // nodegroup; seconds
+
+	ScaleEvents      *prometheus.CounterVec // nodegroup, action, reason
+	Vetoes           *prometheus.CounterVec // nodegroup, reason
+	AnnotationErrors *prometheus.GaugeVec   // nodegroup
+
+	CloudRequestDuration *prometheus.HistogramVec // operation, code; seconds
+	SnapshotAge          prometheus.Gauge         // seconds
+	Leader               prometheus.Gauge         // 1 or 0
+
+	configReloads          *prometheus.CounterVec
+	configReloadSuccessful prometheus.Gauge
+	buildInfo              *prometheus.GaugeVec
+}
+
+// NewMetrics registers the metrics with reg. It panics when they are already
+// there: that is a mistake in the program.
+func NewMetrics(reg prometheus.Registerer) *Metrics {
+	auto := promauto.With(reg)
+	gauge := func(name, help string) prometheus.Gauge {
+		return auto.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
+	}
+	gauges := func(name, help string, labels ...string) *prometheus.GaugeVec {
+		return auto.NewGaugeVec(prometheus.GaugeOpts{Name: name, Help: help}, labels)
+	}
+	counters := func(name, help string, labels ...string) *prometheus.CounterVec {
+		return auto.NewCounterVec(prometheus.CounterOpts{Name: name, Help: help}, labels)
+	}
+	histograms := func(name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {
+		return auto.NewHistogramVec(prometheus.HistogramOpts{Name: name, Help: help, Buckets: buckets}, labels)
+	}
+	m := &Metrics{
+		Nodes:       gauges("hearth_nodegroup_nodes", "Instances of the node group by phase.", "nodegroup", "phase"),
+		TargetSize:  gauges("hearth_nodegroup_target_size", "Target size of the node group as told to cluster-autoscaler.", "nodegroup"),
+		HiddenNodes: gauges("hearth_nodegroup_hidden_nodes", "Nodes launched ahead of demand that cluster-autoscaler is not told of yet.", "nodegroup"),
+
+		Jobs: counters("hearth_jobs_total", "Finished CI jobs by whether their node's cache was warm or cold for them.", "nodegroup", "temperature"),
+		JobWait: histograms("hearth_job_wait_seconds", "Time from a CI job's pod being created to its start.",
+			[]float64{1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800}, "nodegroup"),
+
+		ScaleEvents:      counters("hearth_scale_events_total", "Nodes that something happened to, by what and why.", "nodegroup", "action", "reason"),
+		Vetoes:           counters("hearth_veto_total", "Requests of cluster-autoscaler to delete nodes that were vetoed, by reason.", "nodegroup", "reason"),
+		AnnotationErrors: gauges("hearth_annotation_errors", "Annotations of the node group that cannot be used and are ignored.", "nodegroup"),
+
+		CloudRequestDuration: histograms("hearth_cloud_request_duration_seconds", "Duration of requests to the cloud by operation and result.",
+			[]float64{.01, .03, .1, .3, 1, 3, 10, 30}, "operation", "code"),
+		SnapshotAge: gauge("hearth_snapshot_age_seconds", "Age of the cloud snapshot that read requests are answered from."),
+		Leader:      gauge("hearth_leader", "1 when this replica leads, so that it serves and acts."),
+
+		configReloads:          counters("hearth_config_reloads_total", "Reloads of the config file by result.", "result"),
+		configReloadSuccessful: gauge("hearth_config_last_reload_successful", "1 when the config file is in use as it is, 0 when the last reload failed and the config before is in use."),
+		buildInfo:              gauges("hearth_build_info", "Always 1; says which build this is.", "version", "revision", "goversion"),
+	}
+	m.configReloadSuccessful.Set(1)
+	for _, result := range []string{"success", "failure"} {
+		m.configReloads.WithLabelValues(result)
+	}
+	return m
+}
+
+// ForgetGroup deletes all series of a group that exists no more.
+func (m *Metrics) ForgetGroup(id string) {
+	group := prometheus.Labels{"nodegroup": id}
+	for _, vec := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
+		m.Nodes, m.TargetSize, m.HiddenNodes, m.Jobs, m.JobWait, m.ScaleEvents, m.Vetoes, m.AnnotationErrors,
+	} {
+		vec.DeletePartialMatch(group)
+	}
+}
+
+// ConfigReloaded counts a reload of the config file; nil is a success.
+func (m *Metrics) ConfigReloaded(err error) {
+	if err != nil {
+		m.configReloads.WithLabelValues("failure").Inc()
+		m.configReloadSuccessful.Set(0)
+		return
+	}
+	m.configReloads.WithLabelValues("success").Inc()
+	m.configReloadSuccessful.Set(1)
+}
+
+// SetBuild tells which build this is.
+func (m *Metrics) SetBuild(version, revision string) {
+	m.buildInfo.Reset()
+	m.buildInfo.WithLabelValues(version, revision, runtime.Version()).Set(1)
+}

@@ -1,0 +1,277 @@
+package nodegroups
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+)
+
+// Verb says what an effect does.
+type Verb string
+
+// Verbs. The first four act on the cloud, the others on the cluster. Each is
+// idempotent: doing it twice is doing it once.
+const (
+	// Resize sets the number of pending and running instances that the cloud
+	// works towards, an absolute number. Lowering it only cancels what is not
+	// yet an instance.
+	Resize Verb = "resize"
+	// Terminate, Stop and Start act on Instances. Terminating and stopping
+	// lower the desired number by each instance, starting raises it.
+	Terminate Verb = "terminate"
+	Stop      Verb = "stop"
+	Start     Verb = "start"
+	// Taint keeps new pods away from Node; Untaint takes a drain back, with
+	// CA's own taint and cordon; ClearAutoscalerTaint removes a ToBeDeleted
+	// taint that CA has forgotten.
+	Taint                Verb = "taint"
+	Untaint              Verb = "untaint"
+	ClearAutoscalerTaint Verb = "clear-autoscaler-taint"
+	// Confirm lists the runner pods of Node by a live read and answers with a
+	// Confirmed event.
+	Confirm Verb = "confirm"
+	// DeleteNode deletes the Node object, with its UID as precondition.
+	DeleteNode Verb = "delete-node"
+)
+
+// Cloud says whether the verb acts on the cloud.
+func (v Verb) Cloud() bool { return v == Resize || v == Terminate || v == Stop || v == Start }
+
+// Effect is one thing to be done.
+type Effect struct {
+	Verb      Verb
+	Group     model.GroupID
+	Desired   int                // Resize
+	Instances []model.InstanceID // Terminate, Stop, Start, sorted
+	Node      model.Node         // the others
+}
+
+// key identifies an effect among those of its group that are under way.
+func (e Effect) key() string { return string(e.Verb) + " " + string(e.Node.ID) }
+
+// Ready advances what waits for time or for an observation and returns the
+// effects that are due. Every effect returned counts as under way until its
+// Done event.
+func (g *Group) Ready(now time.Time) (Outcome, []Effect) {
+	var out Outcome
+	if !g.synced {
+		return out, nil
+	}
+	g.fill(now, &out)
+	for _, id := range g.memberIDs() {
+		g.advance(id, now, &out)
+	}
+	g.boundParked(now, &out)
+	if out.Commit > CommitNone {
+		g.record.Sequence++
+	}
+	effects := append(g.cloudEffects(now), g.nodeEffects(now)...)
+	for _, e := range effects {
+		g.inflight[e.key()] = true
+		delete(g.retryAt, e.key())
+	}
+	return out, effects
+}
+
+// fill keeps the group at its minimum, hidden from CA until the nodes are
+// Ready, and gives up hidden launches that the cloud refuses.
+func (g *Group) fill(now time.Time, out *Outcome) {
+	size := g.record.Target + g.record.Hidden
+	if n := g.spec.Min - size; n > 0 {
+		n -= g.resume(n, nil, true, now, out)
+		if n > 0 {
+			g.record.Hidden += n
+			g.askedAt = now
+			out.note(CommitFirst, "launch", "min-size", n, "")
+		}
+	}
+	_, hidden := g.Unborn()
+	if n := min(hidden, size-g.spec.Min); n > 0 && g.failure() != nil {
+		g.record.Hidden -= n
+		g.prescaleFrom = now.Add(prescaleBackoff)
+		out.note(CommitSoon, "cancel", "launch-failed", n, "")
+	}
+}
+
+// advance moves one instance's intent on as far as the observations allow.
+func (g *Group) advance(id model.InstanceID, now time.Time, out *Outcome) {
+	intent, ok := g.record.Intents[id]
+	if !ok {
+		return
+	}
+	m := g.members[id]
+	node, registered := g.nodes[id]
+	switch intent.Stage {
+	case StageDraining:
+		// A node that never registered or is dead has nothing to drain.
+		// Otherwise our taint must be on, and a live read must have found it
+		// idle since.
+		if registered && !dead(node, now) && (!node.Draining || g.busy[id] || !m.confirmed) {
+			return
+		}
+		intent.Stage, intent.Since = StageStopping, now
+		g.record.Intents[id] = intent
+		out.note(CommitFirst, "stop", "drained", 1, id)
+	case StageStarting:
+		switch {
+		case node.Ready && m.cloud.State == model.InstanceRunning:
+			m.wasReady = true
+			delete(g.record.Intents, id)
+			out.note(CommitSoon, "resumed", "ready", 1, id)
+		case now.Sub(intent.Since) >= resumeTimeout:
+			// It stays wanted: the sizes do not change, so a launch takes its
+			// place within the same scale-up.
+			g.record.Intents[id] = Intent{model.DesiredGone, StageStopping, now}
+			g.askedAt = now
+			out.note(CommitFirst, "launch", "resume-failed", 1, id)
+		}
+	}
+}
+
+// boundParked ends parked instances that are too old, then the least valuable
+// ones beyond the maximum.
+func (g *Group) boundParked(now time.Time, out *Outcome) {
+	parked := g.withIntent(func(_ model.InstanceID, i Intent) bool {
+		return i.Desired == model.DesiredParked && i.Stage == StageStopping
+	})
+	end := func(id model.InstanceID, reason string) {
+		g.record.Intents[id] = Intent{model.DesiredGone, StageStopping, now}
+		out.note(CommitFirst, "terminate", reason, 1, id)
+	}
+	parked = slices.DeleteFunc(parked, func(id model.InstanceID) bool {
+		old := now.Sub(g.record.Intents[id].Since) > g.settings.MaxParkedAge
+		if old {
+			end(id, "parked-too-long")
+		}
+		return old
+	})
+	slices.SortStableFunc(parked, func(a, b model.InstanceID) int {
+		return cmp.Or(
+			cmp.Compare(g.verdicts[a].Score, g.verdicts[b].Score),
+			g.record.Intents[a].Since.Compare(g.record.Intents[b].Since))
+	})
+	for _, id := range parked[:max(0, len(parked)-g.settings.MaxParked)] {
+		end(id, "too-many-parked")
+	}
+}
+
+// cloudEffects returns what the cloud must do. Nothing is asked while an
+// earlier call is under way or not yet contained in the snapshot, and a Resize
+// is never sent beside another call: its number would be wrong by what that
+// one changes.
+func (g *Group) cloudEffects(now time.Time) []Effect {
+	for _, v := range []Verb{Resize, Terminate, Stop, Start} {
+		if g.inflight[Effect{Verb: v}.key()] {
+			return nil
+		}
+	}
+	if g.snapshot.TakenAt.Before(g.settledAt) {
+		return nil
+	}
+	revealed, hidden := g.Unborn()
+	resize := Effect{Verb: Resize, Group: g.spec.ID, Desired: g.running() + revealed + hidden}
+	if resize.Desired > g.snapshot.Desired && g.due(resize, now) {
+		return []Effect{resize}
+	}
+	var effects []Effect
+	for verb, pick := range map[Verb]func(model.InstanceID, Intent) bool{
+		Terminate: func(id model.InstanceID, i Intent) bool {
+			return i.Desired == model.DesiredGone && i.Stage == StageStopping &&
+				g.members[id].cloud.State != model.InstanceTerminating
+		},
+		Stop: func(id model.InstanceID, i Intent) bool {
+			return i.Desired == model.DesiredParked && i.Stage == StageStopping && active(g.members[id].cloud.State)
+		},
+		Start: func(id model.InstanceID, i Intent) bool {
+			return i.Desired == model.DesiredRunning && g.members[id].cloud.State == model.InstanceStopped
+		},
+	} {
+		e := Effect{Verb: verb, Group: g.spec.ID, Instances: g.withIntent(pick)}
+		if len(e.Instances) > 0 && g.due(e, now) {
+			effects = append(effects, e)
+		}
+	}
+	if len(effects) == 0 && resize.Desired < g.snapshot.Desired && g.due(resize, now) {
+		effects = append(effects, resize)
+	}
+	slices.SortFunc(effects, byKey)
+	return effects
+}
+
+func byKey(a, b Effect) int { return cmp.Compare(a.key(), b.key()) }
+
+// nodeEffects returns what must be done to Node objects.
+func (g *Group) nodeEffects(now time.Time) []Effect {
+	var effects []Effect
+	add := func(verb Verb, node model.Node) {
+		if e := (Effect{Verb: verb, Group: g.spec.ID, Node: node}); g.due(e, now) {
+			effects = append(effects, e)
+		}
+	}
+	for id, node := range g.nodes {
+		intent, intended := g.record.Intents[id]
+		m := g.members[id]
+		switch {
+		case m == nil:
+			// The instance is gone for good; nobody else deletes its Node.
+			if _, dead := g.tombstones[id]; dead {
+				add(DeleteNode, node)
+			}
+		case intended && intent.Stage == StageDraining:
+			switch {
+			case !node.Draining:
+				add(Taint, node)
+			case !g.busy[id] && !m.confirmed:
+				add(Confirm, node)
+			}
+		case intended && intent.Stage == StageStopping:
+			if !active(m.cloud.State) {
+				add(DeleteNode, node)
+			}
+		case node.Draining:
+			add(Untaint, node)
+		case !node.CATaintSince.IsZero() && now.Sub(node.CATaintSince) >= strayTaintAge:
+			add(ClearAutoscalerTaint, node)
+		}
+	}
+	slices.SortFunc(effects, byKey)
+	return effects
+}
+
+// due says whether an effect may be emitted: it is neither under way nor
+// waiting after a failure.
+func (g *Group) due(e Effect, now time.Time) bool {
+	return !g.inflight[e.key()] && !now.Before(g.retryAt[e.key()])
+}
+
+const (
+	// echo is how long the effect of a successful call on the cluster may
+	// take to show up in the watch before it is tried again.
+	echo = 5 * time.Second
+	// retryFirst and retryMost bound the wait after a failed effect, doubled
+	// at each failure.
+	retryFirst = time.Second
+	retryMost  = 30 * time.Second
+)
+
+func (g *Group) done(e Done, now time.Time) {
+	key := e.Effect.key()
+	delete(g.inflight, key)
+	delete(g.retryAt, key)
+	if e.Effect.Verb.Cloud() && e.At.After(g.settledAt) {
+		// Failed calls too: a timeout says nothing about what was done.
+		g.settledAt = e.At
+	}
+	if e.Err == nil {
+		delete(g.attempts, key)
+		if !e.Effect.Verb.Cloud() {
+			g.retryAt[key] = now.Add(echo)
+		}
+		return
+	}
+	wait := min(retryFirst<<min(g.attempts[key], 10), retryMost)
+	g.attempts[key]++
+	g.retryAt[key] = now.Add(wait)
+}

@@ -1,0 +1,80 @@
+package nodegroups
+
+import (
+	"time"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+)
+
+// Event is something that happened to a group. Observations (their names say
+// so) commute with each other; commands do not.
+type Event interface{ isEvent() }
+
+// Events.
+type (
+	// Configure replaces the declaration and the settings.
+	Configure struct {
+		Group    model.NodeGroup
+		Settings Settings
+	}
+	// ObserveCloud is a whole reading of the group from the cloud.
+	ObserveCloud struct{ Snapshot model.GroupSnapshot }
+	// ObserveNode is the present state of a Node object of the group.
+	ObserveNode struct{ Node model.Node }
+	// ObserveNodeGone says that the instance has no Node object.
+	ObserveNodeGone struct{ Instance model.InstanceID }
+	// ObserveBusy says whether runner pods or engine clients are on it.
+	ObserveBusy struct {
+		Instance model.InstanceID
+		Busy     bool
+	}
+	// Decide is the plan: it replaces all earlier verdicts of the group.
+	Decide struct{ Verdicts []model.Verdict }
+	// Refresh begins a loop of CA's: the view is made anew.
+	Refresh struct{}
+	// Forget says that CA may have lost its memory of what it asked for.
+	Forget struct{}
+	// IncreaseSize is CA's write. Prefer ranks parked instances: those that
+	// fit the waiting jobs best come first.
+	IncreaseSize struct {
+		Delta  int
+		Prefer []model.InstanceID
+	}
+	// DeleteNodes is CA's write; all or nothing.
+	DeleteNodes struct{ Instances []model.InstanceID }
+	// DecreaseTargetSize is CA's write; Delta is negative.
+	DecreaseTargetSize struct{ Delta int }
+	// Prescale asks for Want nodes to be on their way before CA asks. It is a
+	// level, not a difference: asking twice launches once.
+	Prescale struct {
+		Want   int
+		Prefer []model.InstanceID
+		Reason string
+	}
+	// Confirmed answers a Confirm effect.
+	Confirmed struct {
+		Instance model.InstanceID
+		Idle     bool
+	}
+	// Done reports the end of an effect at a time.
+	Done struct {
+		Effect Effect
+		Err    error
+		At     time.Time
+	}
+)
+
+func (Configure) isEvent()          {}
+func (ObserveCloud) isEvent()       {}
+func (ObserveNode) isEvent()        {}
+func (ObserveNodeGone) isEvent()    {}
+func (ObserveBusy) isEvent()        {}
+func (Decide) isEvent()             {}
+func (Refresh) isEvent()            {}
+func (Forget) isEvent()             {}
+func (IncreaseSize) isEvent()       {}
+func (DeleteNodes) isEvent()        {}
+func (DecreaseTargetSize) isEvent() {}
+func (Prescale) isEvent()           {}
+func (Confirmed) isEvent()          {}
+func (Done) isEvent()               {}

@@ -1,0 +1,202 @@
+package nodegroups
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+)
+
+// world is a cloud and a cluster, small enough to be read: what is true, as
+// opposed to what a Group has been told. It moves only when told to.
+type world struct {
+	now time.Time
+
+	// The cloud. It works towards desired; capacity bounds what it can have
+	// pending or running.
+	desired   int
+	capacity  int
+	instances map[model.InstanceID]model.Instance
+	launched  int
+	attempts  int
+	failure   *model.LaunchFailure
+
+	// The cluster: the Nodes by instance, and those that run a job.
+	nodes map[model.InstanceID]model.Node
+	jobs  map[model.InstanceID]bool
+	uids  int
+}
+
+const endless = 1 << 30
+
+func newWorld() *world {
+	return &world{
+		now:       time.Date(2026, 1, 5, 8, 0, 0, 0, time.UTC),
+		capacity:  endless,
+		instances: map[model.InstanceID]model.Instance{},
+		nodes:     map[model.InstanceID]model.Node{},
+		jobs:      map[model.InstanceID]bool{},
+	}
+}
+
+func (w *world) ids() []model.InstanceID { return slices.Sorted(maps.Keys(w.instances)) }
+
+func (w *world) active() (n int) {
+	for _, i := range w.instances {
+		if active(i.State) {
+			n++
+		}
+	}
+	return n
+}
+
+// launch has the cloud work towards desired, as far as it has capacity. An
+// attempt that falls short is a failure of its own.
+func (w *world) launch() {
+	for w.active() < min(w.desired, w.capacity) {
+		w.launched++
+		id := model.InstanceID(fmt.Sprintf("i-%d", w.launched))
+		w.instances[id] = model.Instance{ID: id, State: model.InstancePending, LaunchedAt: w.now}
+	}
+	w.failure = nil
+	if w.active() < w.desired {
+		w.attempts++
+		w.failure = &model.LaunchFailure{
+			Activity: fmt.Sprintf("act%d", w.attempts), Class: model.FailureCapacity,
+			Message: "no capacity", At: w.now,
+		}
+	}
+}
+
+// read is what the cloud reports now.
+func (w *world) read() model.GroupSnapshot {
+	s := model.GroupSnapshot{TakenAt: w.now, Desired: w.desired, Failure: w.failure}
+	for _, id := range w.ids() {
+		s.Instances = append(s.Instances, w.instances[id])
+	}
+	return s
+}
+
+// set changes the state of an instance, if there is one.
+func (w *world) set(id model.InstanceID, s model.InstanceState) {
+	if i, ok := w.instances[id]; ok {
+		i.State = s
+		w.instances[id] = i
+	}
+}
+
+// remove ends an instance at once; its Node stays.
+func (w *world) remove(id model.InstanceID) {
+	delete(w.instances, id)
+	delete(w.jobs, id)
+}
+
+// change edits the instance's Node, if there is one.
+func (w *world) change(id model.InstanceID, edit func(*model.Node)) {
+	if n, ok := w.nodes[id]; ok {
+		edit(&n)
+		w.nodes[id] = n
+	}
+}
+
+// register is the kubelet's first word: a Node, not Ready yet.
+func (w *world) register(id model.InstanceID) {
+	w.uids++
+	w.nodes[id] = model.Node{
+		Name: model.NodeName("node-" + string(id)), UID: fmt.Sprintf("uid-%d", w.uids), ID: id,
+		Created: w.now, ReadyChanged: w.now,
+	}
+}
+
+func (w *world) ready(id model.InstanceID, ready bool) {
+	w.change(id, func(n *model.Node) {
+		if n.Ready != ready {
+			n.Ready, n.ReadyChanged = ready, w.now
+		}
+	})
+}
+
+// schedulable says whether a job may be bound to the instance's Node.
+func (w *world) schedulable(id model.InstanceID) bool {
+	n, ok := w.nodes[id]
+	return ok && n.Ready && !n.Draining && w.instances[id].State == model.InstanceRunning
+}
+
+// apply carries out an effect as cloud and API server would. For Confirm it
+// returns whether the node was idle.
+func (w *world) apply(e Effect) (idle bool) {
+	switch e.Verb {
+	case Resize:
+		w.desired = max(e.Desired, w.active())
+	case Terminate:
+		for _, id := range e.Instances {
+			if active(w.instances[id].State) {
+				w.desired--
+			}
+			w.set(id, model.InstanceTerminating)
+			w.halt(id)
+		}
+	case Stop:
+		for _, id := range e.Instances {
+			if active(w.instances[id].State) {
+				w.desired--
+				w.set(id, model.InstanceStopping)
+				w.halt(id)
+			}
+		}
+	case Start:
+		for _, id := range e.Instances {
+			if w.instances[id].State == model.InstanceStopped {
+				w.desired++
+				w.set(id, model.InstancePending)
+			}
+		}
+	case Taint:
+		w.changeSame(e.Node, func(n *model.Node) { n.Draining = true })
+	case Untaint:
+		w.changeSame(e.Node, func(n *model.Node) {
+			n.Draining, n.CATaintSince, n.Unschedulable = false, time.Time{}, false
+		})
+	case ClearAutoscalerTaint:
+		w.changeSame(e.Node, func(n *model.Node) { n.CATaintSince = time.Time{} })
+	case Confirm:
+		return !w.jobs[e.Node.ID]
+	case DeleteNode:
+		if w.nodes[e.Node.ID].UID == e.Node.UID {
+			delete(w.nodes, e.Node.ID)
+			delete(w.jobs, e.Node.ID)
+		}
+	}
+	return false
+}
+
+// changeSame edits the very Node that is meant, by UID.
+func (w *world) changeSame(n model.Node, edit func(*model.Node)) {
+	if w.nodes[n.ID].UID == n.UID {
+		w.change(n.ID, edit)
+	}
+}
+
+// halt is the end of a kubelet: its Node is not Ready any more.
+func (w *world) halt(id model.InstanceID) {
+	w.ready(id, false)
+	delete(w.jobs, id)
+}
+
+// dump is everything that a Group holds, as text that is equal for equal
+// groups.
+func dump(g *Group) string {
+	flat := *g
+	members := make(map[model.InstanceID]member, len(g.members))
+	for id, m := range g.members {
+		members[id] = *m
+	}
+	flat.members, flat.view = nil, nil
+	text := fmt.Sprintf("%+v\nmembers: %+v\n", flat, members)
+	if g.view != nil {
+		text += fmt.Sprintf("view: %+v", *g.view)
+	}
+	return text
+}
