@@ -139,7 +139,7 @@ func (c *Controller) Run(ctx context.Context) error {
 		groupOf:     map[model.InstanceID]model.GroupID{},
 		dirty:       map[model.GroupID]bool{},
 		history:     newHistory(),
-		marking:     map[model.InstanceID]time.Time{},
+		marking:     map[model.InstanceID]marking{},
 		reported:    map[model.GroupID]map[model.InstanceID]report{},
 		summaries:   map[model.GroupID]model.GroupSummary{},
 		cloudErrors: map[model.GroupID]string{},
@@ -256,7 +256,7 @@ type owner struct {
 	dirty       map[model.GroupID]bool
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
-	marking     map[model.InstanceID]time.Time // marks that are being written, or may be tried again from then on
+	marking     map[model.InstanceID]marking
 	reported    map[model.GroupID]map[model.InstanceID]report
 	restored    []model.NodeRecord
 	summaries   map[model.GroupID]model.GroupSummary

@@ -50,6 +50,11 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 		if known && before.record.Phase == r.Phase {
 			r.Since = before.record.Since
 		}
+		if known && r.Decision == "" && r.Phase != model.PhaseReady {
+			// The plan is about Ready nodes; of the others the decision that
+			// brought them here is worth keeping.
+			r.Score, r.Decision, r.Reason = before.record.Score, before.record.Decision, before.record.Reason
+		}
 		if known && before.sameState(r) && now.Sub(before.at) < reportEvery {
 			continue
 		}
@@ -180,6 +185,14 @@ func camel(word string) string {
 	return b.String()
 }
 
+// marking is what was last asked to be written on a node, and when it may be
+// asked again if the watch does not show it.
+type marking struct {
+	decision  model.Decision
+	protected bool
+	again     time.Time
+}
+
 // mark keeps our annotations on the nodes of a runner group as the plan says:
 // everything is protected from cluster-autoscaler but what the plan releases
 // and what is dead or on its way out anyway.
@@ -196,14 +209,16 @@ func (o *owner) mark(g *nodegroups.Group, now time.Time) {
 		if decision == "" {
 			decision = model.DecisionKeep
 		}
-		dead := !node.Ready && now.Sub(node.ReadyChanged) >= unreadyProtected
+		dead := n.Phase == model.PhaseReady && !node.Ready && now.Sub(node.ReadyChanged) >= unreadyProtected
 		want := model.Marks{Decision: decision, Reason: words(n.Verdict.Reasons), Protected: decision == model.DecisionKeep && !dead}
 		have := node.Marks
 		protected := have.Protected == want.Protected || have.Protected && !have.ProtectedByUs
-		if have.Decision == want.Decision && protected || now.Before(o.marking[n.ID]) {
+		asked := o.marking[n.ID]
+		if have.Decision == want.Decision && protected ||
+			asked.decision == want.Decision && asked.protected == want.Protected && now.Before(asked.again) {
 			continue
 		}
-		o.marking[n.ID] = now.Add(5 * time.Second)
+		o.marking[n.ID] = marking{want.Decision, want.Protected, now.Add(5 * time.Second)}
 		o.work.Go(func() {
 			select {
 			case o.places <- struct{}{}:

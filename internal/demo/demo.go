@@ -322,6 +322,9 @@ func (s *story) lookAtNodes(nodes []v1alpha1.RunnerNode) {
 		if now.Status.Phase != before.Status.Phase && now.Status.Phase == "Ready" {
 			s.tellLocked("  node %s is ready in %s", now.Status.NodeName, now.Spec.NodeGroup)
 		}
+		if now.Status.NodeName == "" {
+			now.Status.NodeName = before.Status.NodeName // its Node is deleted first
+		}
 		if now.Status.Decision != before.Status.Decision && before.Status.Decision != "" {
 			s.tellLocked("  hearth: %s %s (score %s): %s", now.Status.Decision, now.Status.NodeName, now.Status.Score, now.Status.Reason)
 		}
