@@ -38,9 +38,10 @@ demo: cluster build ## Watch the whole loop on this machine
 	bin/hearth demo
 
 .PHONY: generate
-generate: ## Generate Go from the protos; deep copies and CRDs from the API types
+generate: ## Generate Go from the protos, CRDs from the API types, reference pages from the code
 	$(BUF) generate protos --template protos/buf.gen.yaml
 	$(CONTROLLER_GEN) object crd paths=./api/... output:crd:artifacts:config=deploy/crds
+	go test ./cmd/provider -run TestReference -count=1 -update
 
 .PHONY: verify
 verify: ## Fail if anything generated is stale, a module untidy or the linters complain

@@ -38,8 +38,7 @@ func main() {
 	os.Exit(code)
 }
 
-// run executes the command line and returns the exit code.
-func run(ctx context.Context, args []string, out, errOut io.Writer) int {
+func rootCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "hearth",
 		Short: "Keeps Dagger engines warm while CI runner nodes scale",
@@ -47,19 +46,26 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 			"CI runner nodes stay, which are parked with their cache intact, and which go.",
 		SilenceUsage: true, SilenceErrors: true,
 		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
+	root.AddCommand(serveCommand(), checkCommand(), demoCommand(), versionCommand())
+	return root
+}
+
+// run executes the command line and returns the exit code: 0 ok, 1 failed,
+// 2 usage or config error.
+func run(ctx context.Context, args []string, out, errOut io.Writer) int {
+	root := rootCommand()
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(errOut)
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(serveCommand(), checkCommand(), demoCommand(), versionCommand())
+	// A mistake in the command line is whatever fails before a command runs.
+	began := false
 	for _, c := range root.Commands() {
-		args := c.Args
-		c.Args = func(cmd *cobra.Command, given []string) error {
-			if err := args(cmd, given); err != nil {
-				return usageError{err}
-			}
-			return nil
+		runE := c.RunE
+		c.RunE = func(cmd *cobra.Command, args []string) error {
+			began = true
+			return runE(cmd, args)
 		}
 	}
 	err := root.ExecuteContext(ctx)
@@ -68,16 +74,10 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	}
 	fmt.Fprintln(errOut, "hearth:", err)
 	var usage usageError
-	// cobra's own "unknown command" has no type; only the root can cause it.
-	if errors.As(err, &usage) || config.IsInvalid(err) || len(args) > 0 && unknownCommand(root, args[0]) {
+	if !began || errors.As(err, &usage) || config.IsInvalid(err) {
 		return exitUsage
 	}
 	return exitFailed
-}
-
-func unknownCommand(root *cobra.Command, name string) bool {
-	found, _, err := root.Find([]string{name})
-	return err != nil || found == root
 }
 
 func versionCommand() *cobra.Command {
