@@ -77,7 +77,8 @@ type LeaderElection struct {
 	LeaseDuration, RenewDeadline, RetryPeriod time.Duration
 }
 
-// Backend is where instances come from. Exactly one is set.
+// Backend is where instances come from. Exactly one is set; in this version
+// that is Kwok.
 type Backend struct {
 	Kwok *Kwok
 }
@@ -275,13 +276,9 @@ func sortProblems(problems []Problem) {
 	})
 }
 
-// restartFields names the fields whose change cannot take effect at run time,
-// with how to read them.
+// restartFields are the values of all fields whose change cannot take effect at
+// run time. Node groups are not among them.
 func restartFields(c *Config) map[string]any {
-	backend := "none"
-	if c.Backend.Kwok != nil {
-		backend = "kwok"
-	}
 	return map[string]any{
 		"server.address":               c.Server.Address,
 		"server.expanderAddress":       c.Server.ExpanderAddress,
@@ -295,7 +292,10 @@ func restartFields(c *Config) map[string]any {
 		"leaderElection.leaseDuration": c.LeaderElection.LeaseDuration,
 		"leaderElection.renewDeadline": c.LeaderElection.RenewDeadline,
 		"leaderElection.retryPeriod":   c.LeaderElection.RetryPeriod,
-		"backend":                      backend,
+		"backend.kwok.bootDelay":       c.Backend.Kwok.BootDelay,
+		"backend.kwok.resumeDelay":     c.Backend.Kwok.ResumeDelay,
+		"engines.podSelector":          c.Engines.PodSelector,
+		"engines.metricsPort":          c.Engines.MetricsPort,
 	}
 }
 

@@ -130,7 +130,9 @@ func TestReplaceable(t *testing.T) {
 	}
 	old := parse(valid)
 	for _, tc := range []struct{ name, text, want string }{
-		{"groups and delays may change", strings.ReplaceAll(strings.ReplaceAll(valid, "kwok: {}", "kwok: {bootDelay: 1s}"), "max: 20", "max: 21"), ""},
+		{"groups may change", strings.ReplaceAll(valid, "max: 20", "max: 21") + "- {id: b, max: 1, template: {capacity: {cpu: 1, memory: 1Gi, pods: 1}}}\n", ""},
+		{"backend and engines", strings.ReplaceAll(valid, "kwok: {}", "kwok: {bootDelay: 1s}") + "engines: {metricsPort: 1}\n", `hearth.yaml:3: backend.kwok.bootDelay: needs a restart to change from 20s to 1s
+hearth.yaml:8: engines.metricsPort: needs a restart to change from 9090 to 1`},
 		{"a default written out is no change", valid + "http: {address: ':8087'}\n", ""},
 		{"addresses", valid + "server:\n  address: ':1'\n  expanderAddress: ':2'\nhttp: {address: ':3'}\n", `hearth.yaml:9: server.address: needs a restart to change from ":8086" to ":1"
 hearth.yaml:10: server.expanderAddress: needs a restart to change from ":8088" to ":2"
@@ -205,7 +207,7 @@ func TestWatchKeepsTheOldConfigWhenTheNewOneIsBad(t *testing.T) {
 	write(t, path, valid)
 	w := watch(t, path, nil)
 
-	write(t, path, strings.ReplaceAll(valid, "max: 20", "max: 30"))
+	replace(t, path, strings.ReplaceAll(valid, "max: 20", "max: 30"))
 	if c, err := w.next(t); err != nil || c == nil || c.NodeGroups()[0].Max != 30 {
 		t.Fatalf("a good change: got %v, %v", c, err)
 	}
@@ -228,7 +230,7 @@ func TestWatchKeepsTheOldConfigWhenTheNewOneIsBad(t *testing.T) {
 	if c, err := w.next(t); c != nil || !errors.Is(err, os.ErrNotExist) {
 		t.Fatalf("removed: got %v, %v", c, err)
 	}
-	write(t, path, valid)
+	replace(t, path, valid)
 	if c, err := w.next(t); err != nil || c == nil || c.NodeGroups()[0].Max != 20 {
 		t.Fatalf("there again: got %v, %v", c, err)
 	}
@@ -239,7 +241,7 @@ func TestWatchReportsWhatApplyRefuses(t *testing.T) {
 	write(t, path, valid)
 	refusal := errors.New("not now")
 	w := watch(t, path, refusal)
-	write(t, path, strings.ReplaceAll(valid, "max: 20", "max: 30"))
+	replace(t, path, strings.ReplaceAll(valid, "max: 20", "max: 30"))
 	if c, err := w.next(t); c == nil || !errors.Is(err, refusal) {
 		t.Fatalf("got %v, %v", c, err)
 	}
@@ -311,7 +313,7 @@ func write(t *testing.T, path, text string) {
 	}
 }
 
-// replace writes beside the file and renames, as editors do.
+// replace writes beside the file and renames: nobody sees half a file.
 func replace(t *testing.T, path, text string) {
 	t.Helper()
 	write(t, path+".new", text)

@@ -308,13 +308,10 @@ func quantity(s string) (resource.Quantity, bool) {
 		return resource.Quantity{}, false
 	}
 	q, err := resource.ParseQuantity(s)
-	return q, err == nil && q.Sign() >= 0 && q.Cmp(quantityMost) <= 0
+	return q, err == nil && q.Sign() >= 0 && q.Cmp(resource.MustParse("1E")) <= 0
 }
 
-var (
-	quantityForm = regexp.MustCompile(`^[0-9.]{1,20}([eE][0-9]{1,2}|[a-zA-Z]{0,2})$`)
-	quantityMost = resource.MustParse("1E")
-)
+var quantityForm = regexp.MustCompile(`^[0-9.]{1,20}([eE][0-9]{1,2}|[a-zA-Z]{0,2})$`)
 
 func label(key, value string) (want string) {
 	switch {

@@ -74,6 +74,8 @@ const jobLength = 6 * time.Second
 // ErrClaims is why the demo fails when something that it shows did not happen.
 var ErrClaims = errors.New("the demo did not show what it claims")
 
+var errInterrupted = errors.New("interrupted before its end")
+
 // story is one run of the demo.
 type story struct {
 	cfg    Config
@@ -116,6 +118,9 @@ func Run(ctx context.Context, cfg Config) error {
 	s.ground = ground
 	last, err := s.run(ctx)
 	s.tell("stopping everything …")
+	if errors.Is(err, context.Canceled) {
+		err = errInterrupted
+	}
 	if err := errors.Join(err, ground.Stop()); err != nil {
 		return err
 	}

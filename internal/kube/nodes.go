@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
@@ -13,7 +14,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/client-go/util/retry"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/hearth-ci/hearth/api/v1alpha1"
@@ -141,33 +141,49 @@ func (n *Nodes) Uninstall(ctx context.Context) error {
 	return first
 }
 
+// attempts bounds how often a change is tried when others write meanwhile.
+const attempts = 5
+
 // change applies f to a fresh copy of the Node and sends what it changed, on
 // condition that nothing else has changed since.
 func (n *Nodes) change(ctx context.Context, doing string, name model.NodeName, uid string, f func(*corev1.Node)) error {
-	err := retry.RetryOnConflict(retry.DefaultBackoff, func() error {
-		if err := ctx.Err(); err != nil {
-			return err
+	var err error
+	// Not client-go's RetryOnConflict: it takes a request that timed out for a
+	// success.
+	for attempt := range attempts {
+		if err = n.changeOnce(ctx, name, uid, f); !apierrors.IsConflict(err) {
+			break
 		}
-		o := &corev1.Node{}
-		if err := n.client.Get(ctx, client.ObjectKey{Name: string(name)}, o); err != nil {
-			return client.IgnoreNotFound(err)
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Duration(attempt) * 10 * time.Millisecond):
 		}
-		if uid != "" && string(o.UID) != uid {
-			return nil
-		}
-		before := o.DeepCopy()
-		if f(o); equality.Semantic.DeepEqual(before, o) {
-			return nil
-		}
-		// Taints are one list to a patch: without the lock it would put back
-		// what somebody else has taken off meanwhile.
-		lock := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
-		return client.IgnoreNotFound(n.client.Patch(ctx, o, lock))
-	})
+	}
 	if err != nil {
 		return fmt.Errorf("%s node %q: %w", doing, name, err)
 	}
 	return nil
+}
+
+func (n *Nodes) changeOnce(ctx context.Context, name model.NodeName, uid string, f func(*corev1.Node)) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	o := &corev1.Node{}
+	if err := n.client.Get(ctx, client.ObjectKey{Name: string(name)}, o); err != nil {
+		return client.IgnoreNotFound(err)
+	}
+	if uid != "" && string(o.UID) != uid {
+		return nil
+	}
+	before := o.DeepCopy()
+	if f(o); equality.Semantic.DeepEqual(before, o) {
+		return nil
+	}
+	// Taints are one list to a patch: without the lock it would put back what
+	// somebody else has taken off meanwhile.
+	lock := client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})
+	return client.IgnoreNotFound(n.client.Patch(ctx, o, lock))
 }
 
 func taint(o *corev1.Node) {

@@ -41,14 +41,17 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
-	"k8s.io/client-go/util/retry"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
-// tick is how often the cloud works.
-const tick = time.Second
+const (
+	// tick is how often the cloud works.
+	tick = time.Second
+	// attempts bounds how often a change is tried when others write meanwhile.
+	attempts = 5
+)
 
 // Config says what a Backend needs.
 type Config struct {
@@ -216,6 +219,9 @@ func (b *Backend) work(ctx context.Context) error {
 	clouds := map[model.GroupID]*cloud{}
 	for _, g := range b.declared() {
 		c, err := b.workGroup(ctx, g, stored[configMapName(g.ID)])
+		if apierrors.IsConflict(err) {
+			continue // the next tick sees what somebody else wrote
+		}
 		if err != nil {
 			failed = append(failed, fmt.Errorf("node group %q: %w", g.ID, err))
 			continue
@@ -225,16 +231,14 @@ func (b *Backend) work(ctx context.Context) error {
 	return errors.Join(append(failed, b.tend(ctx, clouds))...)
 }
 
-// workGroup does what is due in one group. A write of somebody else's in
-// between makes it fail: the next tick sees what that one wrote.
+// workGroup does what is due in one group. It fails with a conflict when
+// somebody else wrote in between.
 func (b *Backend) workGroup(ctx context.Context, g model.NodeGroup, stored *corev1.ConfigMap) (*cloud, error) {
 	c, err := decode(g, stored)
 	if err != nil {
 		return nil, err
 	}
-	for _, note := range c.step(b.cfg.Now(), b.cfg.BootDelay, newInstanceID) {
-		b.cfg.Logger.Info(note.what, "nodegroup", g.ID, "instance", note.instance)
-	}
+	notes := c.step(b.cfg.Now(), b.cfg.BootDelay, newInstanceID)
 	for i := range c.Instances {
 		inst := &c.Instances[i]
 		if inst.State != model.InstanceRunning || inst.Registered || inst.NeverBoots {
@@ -245,7 +249,13 @@ func (b *Backend) workGroup(ctx context.Context, g model.NodeGroup, stored *core
 		}
 		inst.Registered = true
 	}
-	return c, b.save(ctx, c, stored)
+	if err := b.save(ctx, c, stored); err != nil {
+		return nil, err
+	}
+	for _, n := range notes {
+		b.cfg.Logger.Info(n.what, "nodegroup", g.ID, "instance", n.instance)
+	}
+	return c, nil
 }
 
 // declared returns the groups, sorted by id.
@@ -260,7 +270,7 @@ func (b *Backend) declared() []model.NodeGroup {
 	return groups
 }
 
-// change applies f to a fresh copy of the group's cloud and saves it, again
+// change applies f to a fresh copy of the group's cloud and saves it, and again
 // when somebody else has written meanwhile.
 func (b *Backend) change(ctx context.Context, doing string, group model.GroupID, f func(*cloud) error) error {
 	b.mu.Lock()
@@ -269,25 +279,36 @@ func (b *Backend) change(ctx context.Context, doing string, group model.GroupID,
 	if !known {
 		return fmt.Errorf("%s node group %q: not declared", doing, group)
 	}
-	err := retry.RetryOnConflict(retry.DefaultBackoff, func() error {
-		stored := &corev1.ConfigMap{}
-		err := b.cfg.Client.Get(ctx, client.ObjectKey{Namespace: b.cfg.Namespace, Name: configMapName(group)}, stored)
-		if apierrors.IsNotFound(err) {
-			stored = nil
-		} else if err != nil {
-			return err
+	var err error
+	for attempt := range attempts {
+		if err = b.changeOnce(ctx, g, f); !apierrors.IsConflict(err) {
+			break
 		}
-		c, err := decode(g, stored)
-		if err != nil {
-			return err
+		select {
+		case <-ctx.Done():
+		case <-time.After(time.Duration(attempt) * 10 * time.Millisecond):
 		}
-		if err := f(c); err != nil {
-			return err
-		}
-		return b.save(ctx, c, stored)
-	})
+	}
 	if err != nil {
 		return fmt.Errorf("%s node group %q: %w", doing, group, err)
 	}
 	return nil
+}
+
+func (b *Backend) changeOnce(ctx context.Context, g model.NodeGroup, f func(*cloud) error) error {
+	stored := &corev1.ConfigMap{}
+	err := b.cfg.Client.Get(ctx, client.ObjectKey{Namespace: b.cfg.Namespace, Name: configMapName(g.ID)}, stored)
+	if apierrors.IsNotFound(err) {
+		stored = nil
+	} else if err != nil {
+		return err
+	}
+	c, err := decode(g, stored)
+	if err != nil {
+		return err
+	}
+	if err := f(c); err != nil {
+		return err
+	}
+	return b.save(ctx, c, stored)
 }

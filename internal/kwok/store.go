@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -25,7 +26,7 @@ const (
 // labelBackend is on all ConfigMaps of this package.
 const labelBackend = model.Prefix + "/backend"
 
-func configMapName(group model.GroupID) string { return "hearth-kwok-" + v1alpha1.GroupName(group) }
+func configMapName(group model.GroupID) string { return v1alpha1.GroupName("hearth-kwok-" + group) }
 
 // list reads the ConfigMaps of all groups, by name.
 func (b *Backend) list(ctx context.Context) (map[string]*corev1.ConfigMap, error) {
@@ -49,10 +50,14 @@ func decode(g model.NodeGroup, stored *corev1.ConfigMap) (*cloud, error) {
 		return c, nil
 	}
 	for key, into := range map[string]any{stateKey: c, faultsKey: &c.faults} {
-		if text, has := stored.Data[key]; has {
-			if err := json.Unmarshal([]byte(text), into); err != nil {
-				return nil, fmt.Errorf("reading %q of ConfigMap %q: %w", key, stored.Name, err)
-			}
+		text, has := stored.Data[key]
+		if !has {
+			continue
+		}
+		decoder := json.NewDecoder(strings.NewReader(text))
+		decoder.DisallowUnknownFields() // people write faults
+		if err := decoder.Decode(into); err != nil {
+			return nil, fmt.Errorf("reading %q of ConfigMap %q: %w", key, stored.Name, err)
 		}
 	}
 	return c, nil

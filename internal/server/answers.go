@@ -15,9 +15,10 @@ import (
 // answers are the responses that follow from a FleetView. Requests share them,
 // so they never change once made; what is costly is made when first asked for.
 type answers struct {
-	fleet  *nodegroups.FleetView
-	groups *pb.NodeGroupsResponse
-	of     map[*nodegroups.View]*groupAnswers
+	fleet   *nodegroups.FleetView
+	groups  *pb.NodeGroupsResponse
+	notOurs *pb.NodeGroupForNodeResponse // for nodes that belong to no group
+	of      map[*nodegroups.View]*groupAnswers
 }
 
 // groupAnswers are the responses that follow from one group's View.
@@ -53,9 +54,10 @@ func (b *answerBook) lookup(fleet *nodegroups.FleetView) *answers {
 // newAnswers takes over from last, which may be nil, what is still true.
 func newAnswers(fleet *nodegroups.FleetView, last *answers) *answers {
 	a := &answers{
-		fleet:  fleet,
-		groups: &pb.NodeGroupsResponse{NodeGroups: make([]*pb.NodeGroup, 0, len(fleet.Groups()))},
-		of:     make(map[*nodegroups.View]*groupAnswers, len(fleet.Groups())),
+		fleet:   fleet,
+		groups:  &pb.NodeGroupsResponse{NodeGroups: make([]*pb.NodeGroup, 0, len(fleet.Groups()))},
+		notOurs: &pb.NodeGroupForNodeResponse{NodeGroup: &pb.NodeGroup{}},
+		of:      make(map[*nodegroups.View]*groupAnswers, len(fleet.Groups())),
 	}
 	for _, v := range fleet.Groups() {
 		var before *groupAnswers // of the group's earlier view

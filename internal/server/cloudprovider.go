@@ -24,9 +24,6 @@ const (
 	forgetWithin = 2 * time.Second
 )
 
-// notOurs is the answer for nodes that belong to no group.
-var notOurs = &pb.NodeGroupForNodeResponse{NodeGroup: &pb.NodeGroup{}}
-
 // cloudProvider implements CA's CloudProvider service.
 type cloudProvider struct {
 	pb.UnimplementedCloudProviderServer
@@ -83,11 +80,12 @@ func (p *cloudProvider) NodeGroupForNode(_ context.Context, req *pb.NodeGroupFor
 	if req.GetNode() == nil {
 		return nil, invalid("", "node", "a node is required")
 	}
+	answers := p.book.lookup(fleet)
 	view := fleet.ForInstance(model.InstanceID(req.GetNode().GetProviderID()))
 	if view == nil {
-		return notOurs, nil
+		return answers.notOurs, nil
 	}
-	return p.book.lookup(fleet).of[view].forNode, nil
+	return answers.of[view].forNode, nil
 }
 
 // PricingNodePrice is the group's node-price for the period.

@@ -114,9 +114,9 @@ func (tagConnections) TagConn(ctx context.Context, _ *stats.ConnTagInfo) context
 	c.forgetting <- struct{}{}
 	return context.WithValue(ctx, connectionKey{}, c)
 }
-func (tagConnections) HandleConn(context.Context, stats.ConnStats)                       {}
+func (tagConnections) HandleConn(context.Context, stats.ConnStats)                     {}
 func (tagConnections) TagRPC(ctx context.Context, _ *stats.RPCTagInfo) context.Context { return ctx }
-func (tagConnections) HandleRPC(context.Context, stats.RPCStats)                         {}
+func (tagConnections) HandleRPC(context.Context, stats.RPCStats)                       {}
 
 // admit lets requests to CloudProvider in once there is something to answer
 // from, and begins every connection with Forget: CA keeps what it asked for in

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -64,14 +65,21 @@ func TestLoggerFormatsAndLevels(t *testing.T) {
 	}
 }
 
-func TestLibrariesLogThroughTheLogger(t *testing.T) {
+// routed sends the libraries' lines to a buffer. controller-runtime keeps the
+// first logger that it is given, so all runs of the test share one.
+var routed = sync.OnceValue(func() *bytes.Buffer {
 	var out bytes.Buffer
 	logger, err := telemetry.New(&out, "text", "info")
 	if err != nil {
-		t.Fatal(err)
+		panic(err)
 	}
 	telemetry.RouteLibraries(logger)
-	t.Cleanup(func() { telemetry.RouteLibraries(slog.New(slog.DiscardHandler)) })
+	return &out
+})
+
+func TestLibrariesLogThroughTheLogger(t *testing.T) {
+	out := routed()
+	out.Reset()
 	klog.Background().Info("from client-go", "a", 1)
 	ctrllog.Log.Info("from controller-runtime", "b", 2)
 	ctrllog.Log.V(1).Info("detail")

@@ -108,7 +108,7 @@ func (g *Group) advance(id model.InstanceID, now time.Time, out *Outcome) {
 		// A node that never registered or is dead has nothing to drain.
 		// Otherwise our taint must be on, and a live read must have found it
 		// idle since.
-		if registered && !dead(node, now) && (!node.Draining || g.busy[id] || !m.confirmed) {
+		if registered && !dead(node, now) && (!node.Draining || !m.tainted || g.busy[id] || !m.confirmed) {
 			return
 		}
 		intent.Stage, intent.Since = StageStopping, now
@@ -122,8 +122,10 @@ func (g *Group) advance(id model.InstanceID, now time.Time, out *Outcome) {
 			out.note(CommitSoon, "resumed", "ready", 1, id)
 		case now.Sub(intent.Since) >= resumeTimeout:
 			// It stays wanted: the sizes do not change, so a launch takes its
-			// place within the same scale-up.
-			g.record.Intents[id] = Intent{model.DesiredGone, StageStopping, now}
+			// place within the same scale-up. Its Node may be there, and Ready
+			// by now.
+			g.record.Intents[id] = Intent{model.DesiredGone, StageDraining, now}
+			m.tainted, m.confirmed = false, false
 			g.askedAt = now
 			out.note(CommitFirst, "launch", "resume-failed", 1, id)
 		}
@@ -170,8 +172,11 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 	if g.snapshot.TakenAt.Before(g.settledAt) {
 		return nil
 	}
+	// An instance that is missing may have been lost, and replaced by the cloud
+	// itself: it is no reason to raise the number, nor yet to lower it.
+	seen, missing := g.running()
 	revealed, hidden := g.Unborn()
-	resize := Effect{Verb: Resize, Group: g.spec.ID, Desired: g.running() + revealed + hidden}
+	resize := Effect{Verb: Resize, Group: g.spec.ID, Desired: seen + revealed + hidden}
 	if resize.Desired > g.snapshot.Desired && g.due(resize, now) {
 		return []Effect{resize}
 	}
@@ -179,7 +184,7 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 	for verb, pick := range map[Verb]func(model.InstanceID, Intent) bool{
 		Terminate: func(id model.InstanceID, i Intent) bool {
 			return i.Desired == model.DesiredGone && i.Stage == StageStopping &&
-				g.members[id].cloud.State != model.InstanceTerminating
+				g.members[id].cloud.State != "" && g.members[id].cloud.State != model.InstanceTerminating
 		},
 		Stop: func(id model.InstanceID, i Intent) bool {
 			return i.Desired == model.DesiredParked && i.Stage == StageStopping && active(g.members[id].cloud.State)
@@ -193,6 +198,7 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 			effects = append(effects, e)
 		}
 	}
+	resize.Desired += missing
 	if len(effects) == 0 && resize.Desired < g.snapshot.Desired && g.due(resize, now) {
 		effects = append(effects, resize)
 	}
@@ -216,28 +222,47 @@ func (g *Group) nodeEffects(now time.Time) []Effect {
 		switch {
 		case m == nil:
 			// The instance is gone for good; nobody else deletes its Node.
-			if _, dead := g.tombstones[id]; dead {
+			if _, dead := g.tombstones[id]; dead || g.stray(node) {
 				add(DeleteNode, node)
 			}
 		case intended && intent.Stage == StageDraining:
+			// One at a time, since each builds on the one before.
 			switch {
-			case !node.Draining:
+			case g.underWay(id, Taint, Untaint, Confirm):
+			case !node.Draining || !m.tainted:
 				add(Taint, node)
 			case !g.busy[id] && !m.confirmed:
 				add(Confirm, node)
 			}
 		case intended && intent.Stage == StageStopping:
-			if !active(m.cloud.State) {
+			if m.cloud.State != "" && !active(m.cloud.State) {
 				add(DeleteNode, node)
 			}
-		case node.Draining:
-			add(Untaint, node)
+		case node.Draining || m.takenBack:
+			if !g.underWay(id, Taint, Confirm) {
+				add(Untaint, node)
+			}
 		case !node.CATaintSince.IsZero() && now.Sub(node.CATaintSince) >= strayTaintAge:
 			add(ClearAutoscalerTaint, node)
 		}
 	}
 	slices.SortFunc(effects, byKey)
 	return effects
+}
+
+// stray says whether a Node has no instance, although none was seen to go: it
+// went while nobody looked. The Node has not been Ready for as long as the
+// cloud has been read without the instance.
+func (g *Group) stray(n model.Node) bool {
+	read := g.snapshot.TakenAt
+	return !n.Ready && read.Sub(n.ReadyChanged) >= readyGrace && read.Sub(g.firstRead) >= readyGrace
+}
+
+// underWay says whether one of these effects on the instance's Node is.
+func (g *Group) underWay(id model.InstanceID, verbs ...Verb) bool {
+	return slices.ContainsFunc(verbs, func(v Verb) bool {
+		return g.inflight[Effect{Verb: v, Node: model.Node{ID: id}}.key()]
+	})
 }
 
 // due says whether an effect may be emitted: it is neither under way nor
@@ -266,6 +291,14 @@ func (g *Group) done(e Done, now time.Time) {
 	}
 	if e.Err == nil {
 		delete(g.attempts, key)
+		if m := g.members[e.Effect.Node.ID]; m != nil {
+			switch e.Effect.Verb {
+			case Taint:
+				m.tainted = true
+			case Untaint:
+				m.tainted, m.takenBack = false, false
+			}
+		}
 		if !e.Effect.Verb.Cloud() {
 			g.retryAt[key] = now.Add(echo)
 		}

@@ -79,10 +79,17 @@ type member struct {
 	cloud   model.Instance
 	hidden  bool
 	missing int // snapshots in a row without it
+	// adopted: nobody asked for it. It may be the cloud's own replacement of
+	// an instance that is not yet known to be lost.
+	adopted bool
 	// refreshes counts the Refreshes at which the hidden node was Ready.
 	refreshes int
 	wasReady  bool
-	confirmed bool // a live read found no runner pods after our taint was on
+	// Of the present drain: our taint was put on, and a live read found no
+	// runner pods since.
+	tainted, confirmed bool
+	// takenBack: taints are to come off, whether they are seen or not.
+	takenBack bool
 }
 
 // Group is the state machine of one node group. The zero value is not usable;
@@ -93,11 +100,12 @@ type Group struct {
 	record   Record
 
 	// Observed: raw inputs, independent of each other.
-	snapshot model.GroupSnapshot
-	synced   bool
-	nodes    map[model.InstanceID]model.Node
-	busy     map[model.InstanceID]bool
-	verdicts map[model.InstanceID]model.Verdict
+	snapshot  model.GroupSnapshot
+	firstRead time.Time // of the cloud, in this life
+	synced    bool
+	nodes     map[model.InstanceID]model.Node
+	busy      map[model.InstanceID]bool
+	verdicts  map[model.InstanceID]model.Verdict
 
 	// Derived bookkeeping.
 	members      map[model.InstanceID]*member
@@ -125,12 +133,17 @@ func NewGroup(spec model.NodeGroup, settings Settings, record Record) *Group {
 		intents = map[model.InstanceID]Intent{}
 	}
 	record.Intents = intents
+	// What has an intent exists until the cloud says otherwise.
+	members := make(map[model.InstanceID]*member, len(intents))
+	for id := range intents {
+		members[id] = &member{}
+	}
 	return &Group{
 		spec: spec, settings: settings, record: record,
 		nodes:      map[model.InstanceID]model.Node{},
 		busy:       map[model.InstanceID]bool{},
 		verdicts:   map[model.InstanceID]model.Verdict{},
-		members:    map[model.InstanceID]*member{},
+		members:    members,
 		tombstones: map[model.InstanceID]time.Time{},
 		inflight:   map[string]bool{},
 		retryAt:    map[string]time.Time{},
@@ -323,7 +336,7 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 	case ObserveNode:
 		g.observeNode(e.Node)
 	case ObserveNodeGone:
-		delete(g.nodes, e.Instance)
+		g.observeNodeGone(e.Instance, &out)
 	case ObserveBusy:
 		g.busy[e.Instance] = e.Busy
 		if !e.Busy {
@@ -337,8 +350,10 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 	case Refresh:
 		g.refresh(now, &out)
 	case Forget:
-		g.forget(&out)
-		g.view = g.buildView(now)
+		if g.synced { // else the first snapshot does the same
+			g.forget(&out)
+			g.view = g.buildView(now)
+		}
 	case IncreaseSize:
 		err = g.increaseSize(e, now, &out)
 	case DeleteNodes:
@@ -372,6 +387,14 @@ func (g *Group) observeNode(n model.Node) {
 	}
 }
 
+func (g *Group) observeNodeGone(id model.InstanceID, out *Outcome) {
+	delete(g.nodes, id)
+	if g.members[id] == nil && g.hasIntent(id) { // see vanish
+		delete(g.record.Intents, id)
+		out.Commit = max(out.Commit, CommitSoon)
+	}
+}
+
 func wasReady(n model.Node) bool {
 	return n.Ready || n.ReadyChanged.Sub(n.Created) > wasReadyAfter
 }
@@ -382,7 +405,7 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 	if s.TakenAt.Before(g.snapshot.TakenAt) {
 		return // overtaken by a newer read
 	}
-	first := !g.synced
+	first, repeated := !g.synced, g.synced && s.TakenAt.Equal(g.snapshot.TakenAt)
 	g.snapshot, g.synced = s, true
 	seen := make(map[model.InstanceID]bool, len(s.Instances))
 	for _, i := range s.Instances {
@@ -396,26 +419,27 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 			g.bind(i, now, out)
 		}
 		if i.State == model.InstanceTerminating && !g.leaving(i.ID) {
-			g.drop(i.ID)
+			g.lose(i.ID, "terminated-elsewhere", out)
 			g.record.Intents[i.ID] = Intent{model.DesiredGone, StageStopping, now}
-			out.note(CommitSoon, "lost", "terminated-elsewhere", 1, i.ID)
 		}
 	}
 	for _, id := range g.memberIDs() {
 		m := g.members[id]
-		if seen[id] {
+		if seen[id] || repeated {
 			continue
 		}
-		if m.missing++; m.missing < lostAfter && !g.leaving(id) {
+		if m.missing++; m.missing < lostAfter && m.cloud.State != model.InstanceTerminating {
 			continue
 		}
 		g.vanish(id, now, out)
 	}
 	if first {
+		g.firstRead = s.TakenAt
 		// What the cloud is already working on belongs to the fleet, and CA's
 		// memory of it is not to be relied on.
 		_, hidden := g.Unborn()
-		if extra := s.Desired - g.running() - hidden; extra > 0 && g.record.Sequence == 0 {
+		seen, _ := g.running()
+		if extra := s.Desired - seen - hidden; extra > 0 && g.record.Sequence == 0 {
 			g.record.Hidden += extra
 			out.note(CommitSoon, "adopt", "unknown-to-us", extra, "")
 		}
@@ -434,7 +458,9 @@ func (g *Group) bind(i model.Instance, now time.Time, out *Outcome) {
 	g.members[i.ID] = m
 	stopped := i.State == model.InstanceStopped || i.State == model.InstanceStopping
 	switch {
-	case g.hasIntent(i.ID): // known from the record
+	case i.State == model.InstanceTerminating: // lost before it was seen
+		g.record.Intents[i.ID] = Intent{model.DesiredGone, StageStopping, now}
+		out.note(CommitSoon, "lost", "terminated-elsewhere", 1, i.ID)
 	case stopped:
 		g.record.Intents[i.ID] = Intent{model.DesiredParked, StageStopping, now}
 		out.note(CommitSoon, "adopt", "stopped", 1, i.ID)
@@ -442,6 +468,7 @@ func (g *Group) bind(i model.Instance, now time.Time, out *Outcome) {
 	default:
 		m.hidden = true
 		if hidden == 0 {
+			m.adopted = true
 			g.record.Hidden++
 			out.note(CommitSoon, "adopt", "unknown-to-us", 1, i.ID)
 		}
@@ -457,22 +484,46 @@ func (g *Group) drop(id model.InstanceID) {
 	}
 }
 
-// vanish forgets an instance that the cloud no longer has. One that was still
-// starting stays wanted, since CA waits for it; one that had been Ready does
-// not: a replacement would be a size raised behind CA's back.
-func (g *Group) vanish(id model.InstanceID, now time.Time, out *Outcome) {
+// lose corrects the sizes for an instance that the cloud ended by itself. One
+// that was still starting stays wanted, since CA waits for it; one that had
+// been Ready does not: a replacement would be a size raised behind CA's back.
+func (g *Group) lose(id model.InstanceID, reason string, out *Outcome) {
 	m := g.members[id]
-	switch {
-	case g.leaving(id):
-		out.note(CommitSoon, "gone", "as-intended", 1, id)
-	case m.wasReady:
+	if m.wasReady || m.adopted {
 		g.drop(id)
-		out.note(CommitSoon, "lost", "vanished", 1, id)
-	default:
-		out.note(CommitSoon, "lost", "never-ready", 1, id)
+	} else if r := g.replacement(); r != nil {
+		g.drop(id)
+		if r.adopted = false; !m.hidden {
+			g.reveal(r)
+		}
+	}
+	out.note(CommitSoon, "lost", reason, 1, id)
+}
+
+// replacement returns a member that the cloud may have launched in place of
+// one that it lost, nil when there is none.
+func (g *Group) replacement() *member {
+	for _, id := range g.memberIDs() {
+		if m := g.members[id]; m.adopted && m.hidden && !g.leaving(id) {
+			return m
+		}
+	}
+	return nil
+}
+
+// vanish forgets an instance that the cloud no longer has.
+func (g *Group) vanish(id model.InstanceID, now time.Time, out *Outcome) {
+	if g.leaving(id) {
+		out.note(CommitSoon, "gone", "as-intended", 1, id)
+	} else {
+		g.lose(id, "vanished", out)
 	}
 	delete(g.members, id)
 	delete(g.record.Intents, id)
+	if _, registered := g.nodes[id]; registered {
+		// Recorded until its Node is gone too: nobody else deletes that.
+		g.record.Intents[id] = Intent{model.DesiredGone, StageStopping, now}
+	}
 	delete(g.busy, id)
 	delete(g.verdicts, id)
 	g.tombstones[id] = now
@@ -521,7 +572,7 @@ func (g *Group) refresh(now time.Time, out *Outcome) {
 		}
 	}
 	for id, at := range g.tombstones {
-		if now.Sub(at) > tombstoneAge {
+		if _, registered := g.nodes[id]; !registered && now.Sub(at) > tombstoneAge {
 			delete(g.tombstones, id)
 		}
 	}
@@ -556,13 +607,13 @@ func (g *Group) increaseSize(e IncreaseSize, now time.Time, out *Outcome) error 
 		out.note(CommitFirst, "absorb", "unborn", 1, "")
 		left--
 	}
-	left -= g.takeBack(left, out)
-	left -= g.resume(left, e.Prefer, false, now, out)
-	// The rest is launched. What does not fit under the maximum any more are
-	// hidden nodes that are Ready: reveal those.
+	// What does not fit under the maximum any more are hidden nodes that are
+	// Ready: reveal those.
 	if over := g.record.Target + g.record.Hidden + left - g.spec.Max; over > 0 {
 		left -= g.revealMembers(min(over, left), out, func(model.InstanceID) bool { return true })
 	}
+	left -= g.takeBack(left, out)
+	left -= g.resume(left, e.Prefer, false, now, out)
 	if left > 0 {
 		g.record.Target += left
 		g.askedAt = now
@@ -571,9 +622,10 @@ func (g *Group) increaseSize(e IncreaseSize, now time.Time, out *Outcome) error 
 	out.Commit = CommitFirst
 	g.amendView(func(v *View) {
 		v.Target += e.Delta
+		var added []InstanceView
 		for id, m := range g.members {
 			if _, listed := v.find(id); !listed && !m.hidden && !g.leaving(id) {
-				v.Instances = append(v.Instances, InstanceView{ID: id, Status: StatusCreating})
+				added = append(added, InstanceView{ID: id, Status: status(m)})
 			}
 		}
 		// A drain that was taken back is the group's again.
@@ -582,6 +634,7 @@ func (g *Group) increaseSize(e IncreaseSize, now time.Time, out *Outcome) error 
 				v.Instances[i].Status = status(m)
 			}
 		}
+		v.Instances = append(v.Instances, added...)
 		slices.SortFunc(v.Instances, byInstance)
 	})
 	return nil
@@ -613,7 +666,7 @@ func (g *Group) takeBack(n int, out *Outcome) (taken int) {
 		delete(g.record.Intents, id)
 		delete(g.verdicts, id) // it must be released anew
 		m := g.members[id]
-		m.hidden, m.confirmed = false, false
+		m.hidden, m.takenBack = false, true
 		g.record.Target++
 		out.note(CommitFirst, "take-back", "scale-up", 1, id)
 		taken++
@@ -622,10 +675,13 @@ func (g *Group) takeBack(n int, out *Outcome) (taken int) {
 }
 
 // resume starts up to n parked instances: the preferred ones first, then by
-// id. Hidden ones are not told to CA.
+// id. Hidden ones are not told to CA. An instance whose old Node is not gone
+// has to wait: that Node would pass for the new one, and be deleted as the old.
 func (g *Group) resume(n int, prefer []model.InstanceID, hidden bool, now time.Time, out *Outcome) (resumed int) {
 	parked := g.withIntent(func(id model.InstanceID, i Intent) bool {
-		return i.Desired == model.DesiredParked && g.members[id].cloud.State == model.InstanceStopped
+		_, registered := g.nodes[id]
+		return i.Desired == model.DesiredParked && g.members[id].cloud.State == model.InstanceStopped &&
+			!registered && !g.underWay(id, DeleteNode)
 	})
 	rank := func(id model.InstanceID) int {
 		if at := slices.Index(prefer, id); at >= 0 {
@@ -637,7 +693,7 @@ func (g *Group) resume(n int, prefer []model.InstanceID, hidden bool, now time.T
 	for _, id := range parked[:min(n, len(parked))] {
 		g.record.Intents[id] = Intent{model.DesiredRunning, StageStarting, now}
 		m := g.members[id]
-		m.hidden, m.wasReady, m.confirmed = hidden, false, false
+		m.hidden, m.wasReady, m.adopted = hidden, false, false
 		if hidden {
 			g.record.Hidden++
 		} else {
@@ -694,19 +750,20 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 	for _, id := range members {
 		g.drop(id)
 		intent := Intent{model.DesiredGone, StageDraining, now}
-		if g.verdicts[id].Decision == model.DecisionPark && g.settings.Park == ParkStop {
+		if g.settings.Runner() && g.settings.Park == ParkStop && g.verdicts[id].Decision == model.DecisionPark {
 			intent.Desired = model.DesiredParked
 		}
 		if !g.settings.Runner() || g.nodes[id].Name == "" {
 			intent.Stage = StageStopping
 		}
 		g.record.Intents[id] = intent
-		g.members[id].confirmed = false
+		g.members[id].tainted, g.members[id].confirmed = false, false
 		out.note(CommitFirst, "drain", "scale-down", 1, id)
 	}
 	for _, id := range placeholders {
 		if revealed, _ := g.Unborn(); revealed > 0 {
 			g.record.Target--
+			removed++
 		}
 		g.placeholders = slices.DeleteFunc(g.placeholders, func(p model.InstanceID) bool { return p == id })
 		g.tombstones[id] = now
@@ -714,18 +771,14 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 	}
 	g.amendView(func(v *View) {
 		for _, id := range members {
-			if at, ok := v.find(id); ok && v.Instances[at].Status != StatusDeleting {
+			if at, ok := v.find(id); ok {
 				v.Instances[at].Status = StatusDeleting
-				v.Target--
 			}
 		}
 		v.Instances = slices.DeleteFunc(v.Instances, func(i InstanceView) bool {
-			if !slices.Contains(placeholders, i.ID) {
-				return false
-			}
-			v.Target--
-			return true
+			return slices.Contains(placeholders, i.ID)
 		})
+		v.Target -= removed
 	})
 	return nil
 }
@@ -778,7 +831,7 @@ func (g *Group) decreaseTargetSize(e DecreaseTargetSize, out *Outcome) error {
 
 // prescale makes sure that at least Want hidden nodes are on their way.
 func (g *Group) prescale(e Prescale, now time.Time, out *Outcome) {
-	if !g.synced || now.Before(g.prescaleFrom) {
+	if !g.synced || !g.settings.Runner() || now.Before(g.prescaleFrom) {
 		return
 	}
 	_, coming := g.Unborn()
@@ -891,14 +944,19 @@ func (g *Group) debug() string {
 	return text
 }
 
-// running counts what the cloud reports as pending or running.
-func (g *Group) running() (n int) {
+// running counts what the cloud reports as pending or running, and apart from
+// that what it did when it was last seen, but is missing now.
+func (g *Group) running() (seen, missing int) {
 	for _, m := range g.members {
-		if active(m.cloud.State) {
-			n++
+		switch {
+		case !active(m.cloud.State):
+		case m.missing > 0:
+			missing++
+		default:
+			seen++
 		}
 	}
-	return n
+	return seen, missing
 }
 
 func active(s model.InstanceState) bool {

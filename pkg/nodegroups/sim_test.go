@@ -144,6 +144,11 @@ func (s *sim) actions() map[string]func() {
 				s.observeNext()
 			}
 		},
+		"all is quick":            s.quick,
+		"all is quick again":      s.quick,
+		"all boots":               s.boot,
+		"all is well":             func() { s.boot(); s.quick(); s.refresh() },
+		"all is well again":       func() { s.boot(); s.quick(); s.refresh() },
 		"record is written":       s.save,
 		"provider restarts":       s.restart,
 		"owner calls":             s.ready,
@@ -357,9 +362,11 @@ func (s *sim) end(c *call) {
 
 func (s *sim) done(c *call, err error) {
 	s.calls = slices.DeleteFunc(s.calls, func(o *call) bool { return o == c })
+	// No call ends in the instant in which a read begins.
+	s.w.now = s.w.now.Add(time.Millisecond)
 	s.observe(Done{c.effect, err, s.w.now})
+	s.w.now = s.w.now.Add(time.Millisecond)
 	if c.effect.Verb.Cloud() {
-		s.w.now = s.w.now.Add(time.Millisecond)
 		s.beginRead()
 	}
 }
@@ -469,6 +476,40 @@ func (s *sim) hurry() {
 	for _, c := range slices.Clone(s.calls) {
 		if s.w.now.Sub(c.at) > callLag {
 			s.end(c)
+		}
+	}
+	s.reads = slices.DeleteFunc(s.reads, func(r *reading) bool { return s.w.now.Sub(r.begun) > callLag })
+	if len(s.reads) == 0 {
+		s.beginRead()
+	}
+}
+
+// quick ends every call, observes all of the cluster and reads the cloud.
+func (s *sim) quick() {
+	for _, c := range slices.Clone(s.calls) {
+		s.end(c)
+	}
+	s.notice()
+	for len(s.watch) > 0 {
+		s.observeNext()
+	}
+	s.w.now = s.w.now.Add(time.Second)
+	s.reads = nil
+	s.beginRead()
+	s.answer(s.reads[0])
+	s.deliverRead()
+}
+
+// boot moves every instance and kubelet as far as they go.
+func (s *sim) boot() {
+	s.w.launch()
+	for _, id := range s.w.ids() {
+		s.moveOn(id)
+		if s.w.instances[id].State == model.InstanceRunning {
+			if _, ok := s.w.nodes[id]; !ok {
+				s.w.register(id)
+			}
+			s.w.ready(id, true)
 		}
 	}
 }
@@ -727,30 +768,11 @@ func (s *sim) check() {
 // ends.
 func (s *sim) converge() {
 	s.w.capacity = endless
-	for range 200 {
-		for _, c := range slices.Clone(s.calls) {
-			s.end(c)
-		}
-		s.w.launch()
-		for _, id := range s.w.ids() {
-			s.moveOn(id)
-			if s.w.instances[id].State == model.InstanceRunning {
-				if _, ok := s.w.nodes[id]; !ok {
-					s.w.register(id)
-				}
-				s.w.ready(id, true)
-			}
-			delete(s.w.jobs, id)
-		}
-		s.notice()
-		for len(s.watch) > 0 {
-			s.observeNext()
-		}
+	for range 100 {
+		s.boot()
+		clear(s.w.jobs)
 		s.w.now = s.w.now.Add(10 * time.Second)
-		s.reads = nil
-		s.beginRead()
-		s.answer(s.reads[0])
-		s.deliverRead()
+		s.quick()
 		s.refresh()
 		s.ready()
 		s.check()
