@@ -90,11 +90,7 @@ test: ## Run all tests, as CI does
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME (10s)
-	@targets=$$(grep -roE --include='*_test.go' '^func Fuzz[A-Za-z0-9_]+' . | sed 's/func //' | LC_ALL=C sort); \
-	for target in $$targets; do \
-		echo "fuzz $$target"; \
-		go test -run '^$$' -fuzz "^$${target##*:}\$$" -fuzztime $(FUZZTIME) -timeout 10m "$$(dirname "$${target%%:*}")"; \
-	done
+	tools/fuzz $(FUZZTIME)
 
 .PHONY: bench
 bench: ## Run every benchmark

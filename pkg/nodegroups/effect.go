@@ -235,7 +235,8 @@ func (g *Group) nodeEffects(now time.Time) []Effect {
 				add(Confirm, node)
 			}
 		case intended && intent.Stage == StageStopping:
-			if m.cloud.State != "" && !active(m.cloud.State) {
+			// A reading that is older than the Node says nothing about it.
+			if m.cloud.State != "" && !active(m.cloud.State) && !node.Created.After(g.snapshot.TakenAt) {
 				add(DeleteNode, node)
 			}
 		case node.Draining || m.takenBack:

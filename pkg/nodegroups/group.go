@@ -747,6 +747,9 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 	if living > 0 && g.record.Target-removed < g.spec.Min {
 		return Refuse(KindOutOfRange, g.spec.ID, "min", "size %d - %d is below the minimum of %d", g.record.Target, removed, g.spec.Min)
 	}
+	if len(members)+len(placeholders) == 0 {
+		return nil
+	}
 	for _, id := range members {
 		g.drop(id)
 		intent := Intent{model.DesiredGone, StageDraining, now}
