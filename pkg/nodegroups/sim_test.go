@@ -513,8 +513,15 @@ func (s *sim) boot() {
 			if _, ok := s.w.nodes[id]; !ok {
 				s.w.register(id)
 			}
-			s.w.ready(id, true)
+			s.becomeReady(id)
 		}
+	}
+}
+
+func (s *sim) becomeReady(id model.InstanceID) {
+	if !s.w.nodes[id].Ready {
+		s.recovered[id] = s.w.now
+		s.w.ready(id, true)
 	}
 }
 
@@ -585,8 +592,7 @@ func (s *sim) kubeletActs() {
 	case !registered:
 		s.w.register(id)
 	case !n.Ready:
-		s.w.ready(id, true)
-		s.recovered[id] = s.w.now
+		s.becomeReady(id)
 	case rapid.IntRange(0, 3).Draw(s.t, "dies") == 0:
 		s.w.ready(id, false)
 	}

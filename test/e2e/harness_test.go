@@ -16,14 +16,21 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
 
 	"github.com/hearth-ci/hearth/api/v1alpha1"
+	"github.com/hearth-ci/hearth/deploy"
+	"github.com/hearth-ci/hearth/internal/config"
+	"github.com/hearth-ci/hearth/internal/kwok"
 	"github.com/hearth-ci/hearth/internal/localcluster"
 	"github.com/hearth-ci/hearth/internal/playground"
 	"github.com/hearth-ci/hearth/internal/refautoscaler"
+	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/protos/externalgrpc"
 )
 
 // hearth is the binary under test, built once by TestMain.
@@ -61,11 +68,21 @@ type ground struct {
 	*playground.Playground
 	t   *testing.T
 	ctx context.Context
+	// cloud is the embedded backend as whoever runs the cloud sees it: past the
+	// provider, with an administrator's rights. It knows the groups once a
+	// provider has been started.
+	cloud *kwok.Backend
 
 	mu sync.Mutex
-	// launched are all runner nodes that ever registered, by name.
+	// launched are all runner nodes that ever registered, by name, as they were
+	// last seen; deleted those that went, in that order.
 	launched map[string]*corev1.Node
-	events   []refautoscaler.Event
+	deleted  []string
+	// annotated are the keys of all annotations that were ever on a node.
+	annotated map[string]map[string]bool
+	// instances are all instances that the cloud ever had.
+	instances map[model.InstanceID]model.GroupID
+	events    []refautoscaler.Event
 }
 
 // newGround starts a control plane for one test. When the test fails, what the
@@ -81,7 +98,10 @@ func newGround(t *testing.T) *ground {
 		cancel()
 		t.Fatal(err)
 	}
-	g := &ground{Playground: p, t: t, ctx: ctx, launched: map[string]*corev1.Node{}}
+	g := &ground{
+		Playground: p, t: t, ctx: ctx, launched: map[string]*corev1.Node{},
+		annotated: map[string]map[string]bool{}, instances: map[model.InstanceID]model.GroupID{},
+	}
 	var wg sync.WaitGroup
 	t.Cleanup(func() {
 		cancel()
@@ -93,7 +113,10 @@ func newGround(t *testing.T) *ground {
 			t.Errorf("stopping: %v", err)
 		}
 	})
+	g.cloud, err = kwok.New(kwok.Config{Client: p.Client, Namespace: deploy.Namespace, Logger: slog.New(slog.DiscardHandler)})
+	g.must(err)
 	wg.Go(g.watchNodes)
+	wg.Go(g.watchCloud)
 	return g
 }
 
@@ -134,14 +157,79 @@ func (g *ground) watchNodes() {
 			continue
 		}
 		for e := range w.ResultChan() {
-			if node, ok := e.Object.(*corev1.Node); ok && e.Type != watch.Deleted {
-				g.mu.Lock()
-				g.launched[node.Name] = node
-				g.mu.Unlock()
+			node, ok := e.Object.(*corev1.Node)
+			if !ok {
+				continue
 			}
+			g.mu.Lock()
+			if e.Type == watch.Deleted {
+				g.deleted = append(g.deleted, node.Name)
+			} else {
+				g.launched[node.Name] = node
+			}
+			if g.annotated[node.Name] == nil {
+				g.annotated[node.Name] = map[string]bool{}
+			}
+			for key := range node.Annotations {
+				g.annotated[node.Name][key] = true
+			}
+			g.mu.Unlock()
 		}
 		w.Stop()
 	}
+}
+
+// watchCloud keeps count of every instance. One is there for seconds at least,
+// however short its life.
+func (g *ground) watchCloud() {
+	ticker := time.NewTicker(250 * time.Millisecond)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+		case <-g.ctx.Done():
+			return
+		}
+		snapshot, err := g.cloud.Snapshot(g.ctx)
+		if err != nil {
+			continue
+		}
+		g.mu.Lock()
+		for group, s := range snapshot.Groups {
+			for _, i := range s.Instances {
+				g.instances[i.ID] = group
+			}
+		}
+		g.mu.Unlock()
+	}
+}
+
+// Instances returns how many instances the group ever had.
+func (g *ground) Instances(group string) (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, of := range g.instances {
+		if of == model.GroupID(group) {
+			n++
+		}
+	}
+	return n
+}
+
+// Deleted returns the names of the nodes that went, the first to go first.
+func (g *ground) Deleted() []string {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return slices.Clone(g.deleted)
+}
+
+// cloudGroup reads a group from the cloud.
+func (g *ground) cloudGroup(group string) model.GroupSnapshot {
+	g.t.Helper()
+	snapshot, err := g.cloud.Snapshot(g.ctx)
+	g.must(err)
+	g.must(snapshot.Errors[model.GroupID(group)])
+	return snapshot.Groups[model.GroupID(group)]
 }
 
 // Launched returns the names of all nodes of the group that ever registered.
@@ -183,8 +271,29 @@ func (g *ground) Provider(name, groups string) *playground.Provider {
 	if err != nil {
 		g.t.Fatal(err)
 	}
+	cfg, err := config.Load(p.ConfigFile)
+	g.must(err)
+	g.cloud.SetGroups(cfg.NodeGroups())
 	g.must(p.Serving(g.ctx, 30*time.Second))
 	return p
+}
+
+// CloudProvider dials the provider as an autoscaler does. The connection is
+// made before it returns: every new one makes the provider hide what is not
+// Ready yet.
+func (g *ground) CloudProvider() externalgrpc.CloudProviderClient {
+	g.t.Helper()
+	pair, err := g.Authority.Issue("tester")
+	g.must(err)
+	tls, err := g.Authority.ClientTLS(&pair)
+	g.must(err)
+	conn, err := grpc.NewClient(g.ProviderAddress(), grpc.WithTransportCredentials(credentials.NewTLS(tls)))
+	g.must(err)
+	g.t.Cleanup(func() { _ = conn.Close() })
+	client := externalgrpc.NewCloudProviderClient(conn)
+	_, err = client.NodeGroups(g.ctx, &externalgrpc.NodeGroupsRequest{}, grpc.WaitForReady(true))
+	g.must(err)
+	return client
 }
 
 func (g *ground) must(err error) {
