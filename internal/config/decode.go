@@ -291,8 +291,9 @@ func boolean(into *bool) reader {
 	}
 }
 
-// span reads a duration.
-func span(into *time.Duration, low, high time.Duration) reader {
+// span reads a duration of at most an hour.
+func span(into *time.Duration, low time.Duration) reader {
+	const high = time.Hour
 	return func(d *decoder, at string, n *yaml.Node) {
 		if null(n) {
 			return

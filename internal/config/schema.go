@@ -105,9 +105,9 @@ func election(l *LeaderElection) reader {
 	read := object(fields{
 		"enabled":       boolean(&l.Enabled),
 		"namespace":     text(&l.Namespace, "the name of a namespace", func(s string) bool { return len(validation.IsDNS1123Label(s)) == 0 }),
-		"leaseDuration": span(&l.LeaseDuration, time.Second, time.Hour),
-		"renewDeadline": span(&l.RenewDeadline, time.Second, time.Hour),
-		"retryPeriod":   span(&l.RetryPeriod, 100*time.Millisecond, time.Hour),
+		"leaseDuration": span(&l.LeaseDuration, time.Second),
+		"renewDeadline": span(&l.RenewDeadline, time.Second),
+		"retryPeriod":   span(&l.RetryPeriod, 100*time.Millisecond),
 	}, nil)
 	return func(d *decoder, at string, n *yaml.Node) {
 		read(d, at, n)
@@ -134,8 +134,8 @@ func backend(b *Backend) reader {
 		before := len(d.problems)
 		object(fields{
 			"kwok": choose("kwok", object(fields{
-				"bootDelay":   span(&kwok.BootDelay, 0, time.Hour),
-				"resumeDelay": span(&kwok.ResumeDelay, 0, time.Hour),
+				"bootDelay":   span(&kwok.BootDelay, 0),
+				"resumeDelay": span(&kwok.ResumeDelay, 0),
 			}, nil)),
 			"aws": choose("aws", aws),
 		}, nil)(d, at, n)

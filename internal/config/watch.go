@@ -57,7 +57,7 @@ func watch(ctx context.Context, every time.Duration, r reloader) error {
 			return nil
 		case <-events:
 			changed()
-		case <-lost: // some events
+		case <-lost: //nolint:errcheck // some events were; which does not matter
 			changed()
 		case <-settled:
 			settled = nil

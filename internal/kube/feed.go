@@ -166,11 +166,11 @@ func (f *Feed) follow(ctx context.Context, kind client.Object, list client.Objec
 			return f.cfg.Client.Watch(ctx, list, options(o))
 		},
 	}
-	logger := logr.FromSlogHandler(f.cfg.Logger.Handler())
-	cache.NewReflectorWithOptions(
+	reflector := cache.NewReflectorWithOptions(
 		cache.ToListWatcherWithWatchListSemantics(lw, f.cfg.Client), kind, store,
-		cache.ReflectorOptions{Name: "feed", Logger: &logger},
-	).RunWithContext(ctx)
+		cache.ReflectorOptions{Name: "feed"},
+	)
+	reflector.RunWithContext(logr.NewContext(ctx, logr.FromSlogHandler(f.cfg.Logger.Handler())))
 }
 
 // groupOf returns the group with that label value. Values that are not an id

@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"runtime"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -11,8 +13,10 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/client/fake"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
 	"github.com/hearth-ci/hearth/api/v1alpha1"
@@ -161,7 +165,9 @@ func TestFeed(t *testing.T) {
 		step("finished", update(job, func() { job.Status.Phase = corev1.PodSucceeded }),
 			`pod job p1 on "n" key "r" engine=false finished=true`)
 		step("pod gone", func() { must(t, c.Delete(t.Context(), job)) }, "pod job p1 gone")
-		step("pending pod", func() { must(t, c.Create(t.Context(), pod("next", "p3", "", map[string]string{"hearth.dev/cache-key": "k"}))) },
+		step("pending pod", func() {
+			must(t, c.Create(t.Context(), pod("next", "p3", "", map[string]string{"hearth.dev/cache-key": "k"})))
+		},
 			`pod next p3 on "" key "k" engine=false finished=false`)
 		step("ignored pod gone", func() { must(t, c.Delete(t.Context(), logs)) })
 
@@ -206,3 +212,63 @@ func TestFeedConfigIsChecked(t *testing.T) {
 	}
 }
 
+// BenchmarkFeedMemory says how much is kept of a node with 20 labels, 4 job
+// pods and 10 pods that are ignored.
+func BenchmarkFeedMemory(b *testing.B) {
+	const nodes = 1000
+	engines, err := labels.Parse("app.kubernetes.io/name=dagger-helm")
+	if err != nil {
+		b.Fatal(err)
+	}
+	heap := func() uint64 {
+		var m runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	var perNode float64
+	for b.Loop() {
+		f, err := NewFeed(FeedConfig{
+			Client: fake.NewClientBuilder().Build(), Sink: discard{}, Engines: engines, Logger: slog.New(slog.DiscardHandler),
+			KeysFor: func(model.GroupID) []string { return nil },
+		})
+		if err != nil {
+			b.Fatal(err)
+		}
+		before := heap()
+		for i := range nodes {
+			n := node(fmt.Sprint("node-", i), fmt.Sprint("node-uid-", i), "runners", corev1.ConditionTrue)
+			for j := range 19 {
+				n.Labels[fmt.Sprintf("example.com/a-usual-label-%d", j)] = fmt.Sprintf("a usual value %d %d", i, j)
+			}
+			n.Annotations = map[string]string{"large": strings.Repeat("x", 4096)}
+			if err := f.nodes.Add(n); err != nil {
+				b.Fatal(err)
+			}
+			for j := range 14 {
+				name := fmt.Sprintf("pod-%d-%d", i, j)
+				p := pod(name, "uid of "+name, n.Name, map[string]string{"hearth.dev/cache-key": "a/usual-key"})
+				p.Annotations = n.Annotations
+				if j >= 4 {
+					p.OwnerReferences = []metav1.OwnerReference{{Kind: "DaemonSet", Controller: new(true)}}
+				}
+				if err := f.pods.Add(p); err != nil {
+					b.Fatal(err)
+				}
+			}
+		}
+		perNode = float64(heap()-before) / nodes
+		runtime.KeepAlive(f)
+	}
+	b.ReportMetric(perNode, "B/node")
+	b.ReportMetric(perNode*1000/(1<<20), "MiB/1000-nodes")
+}
+
+// discard is a sink that forgets.
+type discard struct{}
+
+func (discard) NodeChanged(model.Node)                              {}
+func (discard) NodeGone(model.Node)                                 {}
+func (discard) PodChanged(model.Pod)                                {}
+func (discard) PodGone(model.Pod)                                   {}
+func (discard) AnnotationsChanged(model.GroupID, map[string]string) {}

@@ -211,7 +211,9 @@ func TestFailuresAreTold(t *testing.T) {
 		"forbidden": apierrors.NewForbidden(corev1.Resource("nodes"), "n", errors.New("no right")),
 	} {
 		c := newClient(t, interceptor.Funcs{
-			Patch: func(context.Context, client.WithWatch, client.Object, client.Patch, ...client.PatchOption) error { return failure },
+			Patch: func(context.Context, client.WithWatch, client.Object, client.Patch, ...client.PatchOption) error {
+				return failure
+			},
 		}, face{}.node())
 		n := NewNodes(c, engineSelector(t))
 		if err := n.Taint(t.Context(), "n", "u"); !errors.Is(err, failure) {

@@ -86,7 +86,9 @@ func TestNodeFrom(t *testing.T) {
 }
 
 func TestPodFrom(t *testing.T) {
-	at := func(minutes int) metav1.Time { return metav1.NewTime(morning.Add(time.Duration(minutes) * time.Minute)) }
+	at := func(minutes int) metav1.Time {
+		return metav1.NewTime(morning.Add(time.Duration(minutes) * time.Minute))
+	}
 	r := podReader{
 		engines:   engineSelector(t),
 		groupOf:   func(label string) model.GroupID { return model.GroupID("group " + label) },

@@ -430,8 +430,8 @@ func splitURL(url string) (host, port string) {
 func freeAddress() string {
 	for {
 		address := net.JoinHostPort("127.0.0.1", strconv.Itoa(20000+rand.IntN(12000)))
-		if l, err := net.Listen("tcp", address); err == nil {
-			l.Close()
+		if l, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", address); err == nil {
+			_ = l.Close()
 			return address
 		}
 	}

@@ -67,7 +67,7 @@ func (s *spawner) start(name, binary, logDir string, env, args []string) (*proce
 	}
 	defer out.Close()
 
-	p.cmd = exec.Command(binary, args...)
+	p.cmd = exec.Command(binary, args...) //nolint:noctx // Stop ends it, not a context
 	p.cmd.Env = append(os.Environ(), env...)
 	p.cmd.Stdout, p.cmd.Stderr = out, out
 	p.cmd.SysProcAttr = childAttr()

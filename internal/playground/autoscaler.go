@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -147,13 +149,23 @@ func (p *Playground) runReal(ctx context.Context, cfg AutoscalerConfig, pair Key
 		"--cloud-provider=externalgrpc", "--cloud-config=" + cloud, "--kubeconfig=" + p.adminKubeconfig(),
 		"--leader-elect=false", "--address=" + probe,
 		"--expander=grpc,least-waste", "--grpc-expander-url=" + p.expander.Address(), "--grpc-expander-cert=" + p.Authority.CAFile(),
-	}, cfg.Flags.Args(refautoscaler.Generation136)...)
+	}, cfg.Flags.Args(p.generation(ctx))...)
 	process, err := p.Cluster.Spawn("cluster-autoscaler", p.cfg.Autoscaler, nil, args...)
 	if err != nil {
 		return err
 	}
 	defer process.Kill()
 	return watch(ctx, process, "http://"+probe+"/health-check")
+}
+
+// generation tells which flags the binary knows. One has no way to ask for its
+// version, but the flag that came with 1.36 is in its help.
+func (p *Playground) generation(ctx context.Context) refautoscaler.Generation {
+	help, _ := exec.CommandContext(ctx, p.cfg.Autoscaler, "--help").CombinedOutput() // fails, as flags do
+	if strings.Contains(string(help), "--max-startup-time") {
+		return refautoscaler.Generation136
+	}
+	return refautoscaler.Generation133
 }
 
 var errProbe = errors.New("its liveness probe failed")

@@ -105,6 +105,27 @@ func (r *Provider) Restart() error {
 	return nil
 }
 
+// Uninstall runs `hearth serve --uninstall` with the replica's config, after
+// every replica has ended.
+func (r *Provider) Uninstall(ctx context.Context) error {
+	p := r.playground
+	process, err := p.Cluster.Spawn("hearth-uninstall", p.cfg.Hearth, nil,
+		"serve", "--config", r.ConfigFile, "--log-format", "text", "--uninstall")
+	if err != nil {
+		return err
+	}
+	defer process.Kill()
+	select {
+	case <-process.Done():
+		if process.Err() != nil {
+			return fmt.Errorf("uninstalling: %w\n%s", process.Err(), process.LogTail())
+		}
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
 // Kill ends the process as kill -9 does, and waits until it is gone.
 func (r *Provider) Kill() { r.process.Kill() }
 

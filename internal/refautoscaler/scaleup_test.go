@@ -176,7 +176,7 @@ func TestScaleUpRequestEnds(t *testing.T) {
 			delete(b.cloud.fail, "NodeGroups")
 			b.wrote("increase a +1")
 			b.loops(1)
-			b.wrote() // one missing node keeps the group unhealthy: 1 <= 3, but nothing registered is 0 of 0
+			b.wrote() // neither request nor, in the cached list, an instance: the group is unhealthy
 		})
 	})
 	for gen, want := range map[Generation][]string{

@@ -83,6 +83,6 @@ func (h *HTTP) Run(ctx context.Context) error {
 	if h.server.Shutdown(stopping) != nil {
 		_ = h.server.Close() // ends the connections that Shutdown waited for
 	}
-	<-served
+	<-served //nolint:errcheck // it ended because it was told to
 	return nil
 }
