@@ -57,7 +57,7 @@ func TestActs(t *testing.T) {
 	label := func(ctx context.Context, n *Nodes) error { return n.Label(ctx, "n", "u", "runners-a") }
 	taint := func(ctx context.Context, n *Nodes) error { return n.Taint(ctx, "n", "u") }
 	untaint := func(ctx context.Context, n *Nodes) error { return n.Untaint(ctx, "n", "u") }
-	clear := func(ctx context.Context, n *Nodes) error { return n.ClearCATaint(ctx, "n", "u") }
+	clearCA := func(ctx context.Context, n *Nodes) error { return n.ClearCATaint(ctx, "n", "u") }
 	unmark := func(ctx context.Context, n *Nodes) error { return n.Unmark(ctx, "n", "u") }
 	uninstall := func(ctx context.Context, n *Nodes) error { return n.Uninstall(ctx) }
 	keep := model.Marks{Decision: model.DecisionKeep, Reason: "warm", Protected: true}
@@ -86,7 +86,7 @@ func TestActs(t *testing.T) {
 			face{Taints: []corev1.Taint{ci, draining, toBeDeleted, candidate}, Unschedulable: true}, face{Taints: []corev1.Taint{ci}}},
 		{"take a drain back, a person's cordon stays", untaint,
 			face{Taints: []corev1.Taint{draining}, Unschedulable: true}, face{Unschedulable: true}},
-		{"clear CA's taint, not ours", clear,
+		{"clear CA's taint, not ours", clearCA,
 			face{Taints: []corev1.Taint{draining, toBeDeleted}, Unschedulable: true}, face{Taints: []corev1.Taint{draining}}},
 
 		{"keep", mark(keep), face{}, face{Annotations: kept}},

@@ -380,7 +380,7 @@ func testInstances(t *testing.T, c *cluster) {
 	only := func() (model.Instance, error) {
 		s, err := b.Snapshot(t.Context())
 		if err != nil || len(s.Errors) > 0 || len(s.Groups[group].Instances) != 1 {
-			return model.Instance{}, fmt.Errorf("snapshot %+v, error %v; want one instance", s, err)
+			return model.Instance{}, fmt.Errorf("snapshot %+v, error %w; want one instance", s, err)
 		}
 		return s.Groups[group].Instances[0], nil
 	}
@@ -441,7 +441,7 @@ func testInstances(t *testing.T, c *cluster) {
 	eventually(t, func() error {
 		s, err := b.Snapshot(t.Context())
 		if err != nil || len(s.Groups[group].Instances) > 0 || sink.node(i.ID).Ready {
-			return fmt.Errorf("after the end: %+v, node ready: %v, error %v", s, sink.node(i.ID).Ready, err)
+			return fmt.Errorf("after the end: %+v, node ready: %v, error %w", s, sink.node(i.ID).Ready, err)
 		}
 		return nil
 	})
