@@ -52,6 +52,7 @@ func DefaultFlags() refautoscaler.Flags {
 	f.UnremovableNodeRecheckTimeout = 2 * time.Second
 	f.NodeDeleteDelayAfterTaint = time.Second
 	f.ScaleDownUnneededTime = 2 * time.Second
+	f.IgnoreDaemonSetsUtilization = true
 	f.MaxFailingTime = 20 * time.Second
 	f.InitialNodeGroupBackoffDuration = 30 * time.Second
 	f.DaemonSetEvictionForOccupiedNodes = false

@@ -284,11 +284,19 @@ func (p *cloudProvider) NodeGroupTemplateNodeInfo(_ context.Context, req *pb.Nod
 	return p.book.lookup(fleet).of[view].template.get()
 }
 
-// NodeGroupGetOptions gives the group's own options over CA's defaults.
+// NodeGroupGetOptions gives the group's own options over CA's defaults; while
+// nodes of the group are starting it gives none, which means the defaults: CA
+// takes a max-node-startup-time of 0 from any answer, for the message has no
+// such field, and would then hold a registered node that is not Ready yet for
+// unready at once and order it a second time (measured, CA 1.36.1; since 1.35,
+// https://github.com/kubernetes/autoscaler/issues/10245).
 func (p *cloudProvider) NodeGroupGetOptions(_ context.Context, req *pb.NodeGroupAutoscalingOptionsRequest) (*pb.NodeGroupAutoscalingOptionsResponse, error) {
 	fleet, view, err := p.group(req.GetId())
 	if err != nil {
 		return nil, err
+	}
+	if view.Starting {
+		return &pb.NodeGroupAutoscalingOptionsResponse{}, nil
 	}
 	return p.book.lookup(fleet).of[view].withDefaults(view.Settings.Options, req.GetDefaults()), nil
 }

@@ -12,11 +12,14 @@ import (
 )
 
 const (
-	// revealAfter is how many Refreshes a hidden node must have been seen
-	// Ready at before cluster-autoscaler is told of it: two whole scan
-	// intervals. One that is revealed while CA still holds it for NotReady is
-	// skipped as upcoming and ordered a second time (measured, CA 1.36.1).
+	// revealAfter is at how many Refreshes, and revealAge for how long, a
+	// hidden node must have been seen Ready before cluster-autoscaler is told
+	// of it: two whole loops, and longer than a watch lags. One that is
+	// revealed while CA still holds it for NotReady is skipped as upcoming and
+	// ordered a second time (measured, CA 1.36.1). The age is needed because
+	// since 1.35 CA's loops may follow each other without a pause.
 	revealAfter = 3
+	revealAge   = 5 * time.Second
 	// lostAfter is how many snapshots in a row must lack an instance before
 	// it counts as gone: clouds list with eventual consistency.
 	lostAfter = 2
@@ -82,8 +85,10 @@ type member struct {
 	// adopted: nobody asked for it. It may be the cloud's own replacement of
 	// an instance that is not yet known to be lost.
 	adopted bool
-	// refreshes counts the Refreshes at which the hidden node was Ready.
-	refreshes int
+	// refreshes counts the Refreshes at which the hidden node was Ready, the
+	// first of them at readySince.
+	refreshes  int
+	readySince time.Time
 	wasReady  bool
 	// Of the present drain: our taint was put on, and a live read found no
 	// runner pods since.
@@ -133,10 +138,16 @@ func NewGroup(spec model.NodeGroup, settings Settings, record Record) *Group {
 		intents = map[model.InstanceID]Intent{}
 	}
 	record.Intents = intents
-	// What has an intent exists until the cloud says otherwise.
+	// What has an intent exists until the cloud says otherwise. Which of the
+	// resuming ones are hidden is not recorded; the first snapshot decides anew.
 	members := make(map[model.InstanceID]*member, len(intents))
-	for id := range intents {
+	hidden := record.Hidden
+	for _, id := range slices.Sorted(maps.Keys(intents)) {
 		members[id] = &member{}
+		if !intents[id].leaving() && hidden > 0 {
+			members[id].hidden = true
+			hidden--
+		}
 	}
 	return &Group{
 		spec: spec, settings: settings, record: record,
@@ -425,10 +436,13 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 	}
 	for _, id := range g.memberIDs() {
 		m := g.members[id]
-		if seen[id] || repeated {
+		if seen[id] {
 			continue
 		}
-		if m.missing++; m.missing < lostAfter && m.cloud.State != model.InstanceTerminating {
+		if m.missing == 0 || !repeated {
+			m.missing++
+		}
+		if m.missing < lostAfter && m.cloud.State != model.InstanceTerminating {
 			continue
 		}
 		g.vanish(id, now, out)
@@ -566,7 +580,10 @@ func (g *Group) refresh(now time.Time, out *Outcome) {
 			m.refreshes = 0
 			continue
 		}
-		if m.refreshes++; m.refreshes >= revealAfter {
+		if m.refreshes++; m.refreshes == 1 {
+			m.readySince = now
+		}
+		if m.refreshes >= revealAfter && now.Sub(m.readySince) >= revealAge {
 			g.reveal(m)
 			out.note(CommitSoon, "reveal", "ready", 1, id)
 		}
@@ -604,6 +621,7 @@ func (g *Group) increaseSize(e IncreaseSize, now time.Time, out *Outcome) error 
 	_, hidden := g.Unborn()
 	for range min(left, hidden) {
 		g.reveal(nil)
+		g.askedAt = now // CA wants it from now on; earlier failures are not its
 		out.note(CommitFirst, "absorb", "unborn", 1, "")
 		left--
 	}
@@ -864,6 +882,7 @@ func (g *Group) amendView(change func(*View)) {
 	v.Instances = slices.Clone(v.Instances)
 	change(&v)
 	v.Debug = g.debug()
+	v.Starting = v.Starting || g.starting()
 	g.view = &v
 }
 
@@ -891,12 +910,26 @@ func (g *Group) buildView(now time.Time) *View {
 			v.Instances = append(v.Instances, InstanceView{ID: id, Status: status(m)})
 		}
 	}
+	v.Starting = g.starting()
 	g.renewPlaceholders()
 	for _, id := range g.placeholders {
 		v.Instances = append(v.Instances, InstanceView{ID: id, Status: StatusCreating, Failure: g.snapshot.Failure})
 	}
 	slices.SortFunc(v.Instances, byInstance)
 	return v
+}
+
+// starting says whether an instance is wanted or there that is not Ready yet.
+func (g *Group) starting() bool {
+	if revealed, hidden := g.Unborn(); revealed+hidden > 0 {
+		return true
+	}
+	for id := range g.members {
+		if !g.leaving(id) && !g.nodes[id].Ready {
+			return true
+		}
+	}
+	return false
 }
 
 // failure returns the cloud's failure to start what is wanted now, nil when

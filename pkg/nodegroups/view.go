@@ -32,6 +32,8 @@ type View struct {
 	Group    model.NodeGroup
 	Settings Settings
 	Target   int
+	// Starting: some instance is wanted or there that is not Ready yet.
+	Starting bool
 	// Debug is one line for people: sizes by phase.
 	Debug string
 	// Instances are sorted by id.
