@@ -24,6 +24,8 @@ type fakeCluster struct {
 	watched *World
 	events  []watchEvent
 	cut     bool // the watch tells nothing while it is cut
+	// unlabelled: new nodes do not bear their group's label.
+	unlabelled bool
 	nodes   map[model.NodeName]model.Node
 	pods    map[string]*fakePod
 	uid     int
@@ -83,10 +85,11 @@ func (c *fakeCluster) kubelets(now time.Time) {
 			switch {
 			case !registered:
 				c.uid++
-				c.put(model.Node{
-					Name: m.node, UID: fmt.Sprintf("uid-%d", c.uid), ID: id, Created: now, ReadyChanged: now,
-					Labels: map[string]string{model.Prefix + "/node-group": string(group)},
-				})
+				n = model.Node{Name: m.node, UID: fmt.Sprintf("uid-%d", c.uid), ID: id, Created: now, ReadyChanged: now}
+				if !c.unlabelled {
+					n.Labels = map[string]string{model.Prefix + "/node-group": string(group)}
+				}
+				c.put(n)
 			case !n.Ready && (now.Sub(n.Created) >= readyAfter):
 				n.Ready, n.ReadyChanged = true, now
 				c.put(n)
@@ -173,6 +176,13 @@ func (c *fakeCluster) watch(w *World) {
 	}
 }
 
+// setCut cuts the watch, or lets it tell what has happened meanwhile.
+func (c *fakeCluster) setCut(cut bool) {
+	c.state.Lock()
+	defer c.state.Unlock()
+	c.cut = cut
+}
+
 // annotate does what `kubectl annotate rng` does.
 func (c *fakeCluster) annotate(group model.GroupID, annotations map[string]string) {
 	c.state.Lock()
@@ -193,6 +203,13 @@ func (c *fakeCluster) job(key model.CacheKey, lasts time.Duration, node model.No
 	c.pods[uid] = p
 	c.podChanged(p.Pod)
 	return uid
+}
+
+// keep lets a pod stay when it has finished.
+func (c *fakeCluster) keep(uid string) {
+	c.state.Lock()
+	defer c.state.Unlock()
+	c.pods[uid].stays = true
 }
 
 // deletePod removes a pod whatever its state.

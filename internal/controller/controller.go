@@ -79,6 +79,7 @@ type Controller struct {
 	commands chan *command
 	groups   chan []model.NodeGroup
 	results  chan result
+	marked   chan model.InstanceID
 	readings chan reading
 	poll     chan struct{}
 	records  *recorder
@@ -96,6 +97,7 @@ func New(cfg Config) (*Controller, error) {
 		commands: make(chan *command),
 		groups:   make(chan []model.NodeGroup, 1),
 		results:  make(chan result),
+		marked:   make(chan model.InstanceID),
 		readings: make(chan reading),
 		poll:     make(chan struct{}, 1),
 		records:  newRecorder(cfg.Store, cfg.Logger),
@@ -122,29 +124,12 @@ func (c *Controller) SetGroups(groups []model.NodeGroup) {
 func (c *Controller) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	defer c.view.Store(nil)
 	var wg sync.WaitGroup
 	defer wg.Wait()
+	defer c.view.Store(nil) // nothing is answered while the last calls end
 	defer cancel(nil)
 
-	o := &owner{
-		Controller: c, ctx: ctx, stop: cancel, work: &wg,
-		fleet:       map[model.GroupID]*nodegroups.Group{},
-		declared:    map[model.GroupID]model.NodeGroup{},
-		annotations: map[model.GroupID]map[string]string{},
-		problems:    map[model.GroupID][]nodegroups.AnnotationError{},
-		registered:  map[model.InstanceID]model.Node{},
-		names:       map[model.NodeName]model.InstanceID{},
-		unsettled:   map[model.GroupID]bool{},
-		groupOf:     map[model.InstanceID]model.GroupID{},
-		dirty:       map[model.GroupID]bool{},
-		history:     newHistory(),
-		marking:     map[model.InstanceID]marking{},
-		reported:    map[model.GroupID]map[model.InstanceID]report{},
-		summaries:   map[model.GroupID]model.GroupSummary{},
-		cloudErrors: map[model.GroupID]string{},
-		places:      make(chan struct{}, 32),
-	}
+	o := c.newOwner(ctx, cancel, &wg)
 	for !c.cfg.Watched() {
 		if !pause(ctx, 50*time.Millisecond) {
 			return ended(ctx)
@@ -258,13 +243,41 @@ type owner struct {
 	history     *history
 	marking     map[model.InstanceID]marking
 	reported    map[model.GroupID]map[model.InstanceID]report
-	restored    []model.NodeRecord
 	summaries   map[model.GroupID]model.GroupSummary
-	places      chan struct{} // effects under way at most
-	storeDown   time.Time     // no record is written before this, but for an RPC
+	// clouds and clusters bound the calls under way, apart from each other: an
+	// API server that hangs must not hold up the cloud.
+	clouds, clusters chan struct{}
+	// recordAfter is when records are written again, but for an RPC: that of
+	// one group, after the store refused it, or under the empty id those of
+	// all, after it did not answer.
+	recordAfter map[model.GroupID]time.Time
 	started     bool
 	readAt      time.Time // of the newest good reading of the cloud
 	planned     time.Time
+}
+
+// newOwner returns an owner that knows nothing yet.
+func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc, work *sync.WaitGroup) *owner {
+	return &owner{
+		Controller: c, ctx: ctx, stop: stop, work: work,
+		fleet:       map[model.GroupID]*nodegroups.Group{},
+		declared:    map[model.GroupID]model.NodeGroup{},
+		annotations: map[model.GroupID]map[string]string{},
+		problems:    map[model.GroupID][]nodegroups.AnnotationError{},
+		registered:  map[model.InstanceID]model.Node{},
+		names:       map[model.NodeName]model.InstanceID{},
+		unsettled:   map[model.GroupID]bool{},
+		groupOf:     map[model.InstanceID]model.GroupID{},
+		dirty:       map[model.GroupID]bool{},
+		history:     newHistory(),
+		marking:     map[model.InstanceID]marking{},
+		reported:    map[model.GroupID]map[model.InstanceID]report{},
+		summaries:   map[model.GroupID]model.GroupSummary{},
+		cloudErrors: map[model.GroupID]string{},
+		recordAfter: map[model.GroupID]time.Time{},
+		clouds:      make(chan struct{}, 32),
+		clusters:    make(chan struct{}, 32),
+	}
 }
 
 // begin builds the fleet from the declaration and from what an earlier life
@@ -280,8 +293,11 @@ func (o *owner) begin(ctx context.Context) bool {
 	for _, r := range nodes {
 		o.history.restore(r)
 		o.groupOf[r.ID] = r.Group
+		if o.reported[r.Group] == nil {
+			o.reported[r.Group] = map[model.InstanceID]report{}
+		}
+		o.reported[r.Group][r.ID] = report{record: r}
 	}
-	o.restored = nodes
 	// Annotations must be known before the groups are, so that the first view
 	// is already the right one.
 	changedNodes, pods, newer := o.cfg.World.take()
@@ -301,11 +317,17 @@ func (o *owner) declare(spec model.NodeGroup, record nodegroups.Record) {
 	o.sayProblems(spec.ID, problems)
 	if g := o.fleet[spec.ID]; g != nil {
 		o.apply(g, nodegroups.Configure{Group: spec, Settings: settings})
+		o.planned = time.Time{} // what is kept may be another now
 		return
 	}
 	o.fleet[spec.ID] = nodegroups.NewGroup(spec, settings, record)
 	for id := range record.Intents {
 		o.groupOf[id] = spec.ID
+	}
+	for id := range o.registered {
+		if o.groupOf[id] == spec.ID {
+			o.handOver(o.fleet[spec.ID], id)
+		}
 	}
 	o.dirty[spec.ID] = true
 }
@@ -335,6 +357,8 @@ func (o *owner) loop() {
 			o.observe(o.cfg.World.take())
 		case r := <-o.results:
 			o.finished(r)
+		case id := <-o.marked:
+			o.markingEnded(id)
 		case r := <-o.readings:
 			o.read(r)
 		case groups := <-o.groups:
@@ -371,6 +395,7 @@ func (o *owner) redeclare(groups []model.NodeGroup) {
 			delete(o.unsettled, id)
 			delete(o.reported, id)
 			delete(o.summaries, id)
+			delete(o.recordAfter, id)
 			o.cfg.Metrics.ForgetGroup(string(id))
 		}
 	}
@@ -393,18 +418,19 @@ func (o *owner) observe(nodes []nodeChange, pods []podChange, annotations map[mo
 		if p.pod.Kind != model.PodRunner {
 			continue
 		}
-		if p.gone {
-			o.history.gone(p.pod, now)
-		} else {
-			o.seePod(p.pod, now)
-		}
+		o.seePod(p, now)
 		o.observeBusy(p.pod.Node)
 	}
 }
 
-func (o *owner) seePod(p model.Pod, now time.Time) {
+func (o *owner) seePod(c podChange, now time.Time) {
+	p := c.pod
 	instance := o.names[p.Node]
-	started := o.history.see(p, instance, now)
+	see := o.history.see
+	if c.gone {
+		see = o.history.gone
+	}
+	started := see(p, instance, now)
 	group := o.groupOf[instance]
 	if started == nil || group == "" {
 		return
@@ -426,6 +452,7 @@ func (o *owner) observeNode(c nodeChange) {
 		delete(o.registered, before)
 		delete(o.history.idleSince, name)
 		o.applyTo(before, nodegroups.ObserveNodeGone{Instance: before})
+		o.applyTo(before, nodegroups.ObserveBusy{Instance: before}) // its jobs went with it
 		o.release(before)
 	}
 	if c.gone || id == "" {
@@ -452,9 +479,12 @@ func (o *owner) release(id model.InstanceID) {
 
 // observeBusy tells the fleet whether runner pods are on a node.
 func (o *owner) observeBusy(name model.NodeName) {
-	if id, ok := o.names[name]; ok {
-		o.applyTo(id, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(name)})
+	id, ok := o.names[name]
+	if !ok {
+		delete(o.history.idleSince, name)
+		return
 	}
+	o.applyTo(id, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(name)})
 }
 
 // applyTo applies an observation to the group of an instance, if it is ours.
@@ -538,24 +568,8 @@ func (o *owner) start() {
 	o.started = true
 	o.plan()
 	o.publish()
-	o.dropOrphans()
 	o.log.Info("serving", "nodegroups", len(o.fleet))
 	o.cfg.OnSynced()
-}
-
-// dropOrphans deletes the records of instances that ended while nobody looked.
-func (o *owner) dropOrphans() {
-	for _, r := range o.restored {
-		g := o.fleet[r.Group]
-		if g == nil {
-			continue
-		}
-		if !g.Has(r.ID) {
-			o.release(r.ID)
-			o.records.dropNode(r.ID)
-		}
-	}
-	o.restored = nil
 }
 
 // publish makes every group's view the one that is read.
@@ -575,8 +589,9 @@ func (o *owner) advance() {
 	if !o.started {
 		return
 	}
-	now := time.Now()
 	for _, id := range slices.Sorted(maps.Keys(o.dirty)) {
+		o.serveWaiting()
+		now := time.Now()
 		g := o.fleet[id]
 		if g == nil || !g.Synced() {
 			delete(o.dirty, id)
@@ -585,10 +600,10 @@ func (o *owner) advance() {
 		next := g.Clone()
 		out, effects := next.Ready(now)
 		if out.Commit == nodegroups.CommitFirst {
-			if now.Before(o.storeDown) {
+			if !o.mayRecord(id, now) {
 				continue // stays dirty
 			}
-			if err := o.record(o.ctx, next); err != nil {
+			if err := o.recordUnasked(next); err != nil {
 				o.log.Error("recording failed; trying again", "nodegroup", id, "err", err)
 				continue
 			}
@@ -610,19 +625,48 @@ func (o *owner) advance() {
 	o.fast.Store(len(o.unsettled) > 0)
 }
 
-// record writes a group's record before anything rests on it.
+// serveWaiting carries out the request that waits, if one does: between two
+// groups, so that a slow store holds up each record and not all that follow.
+func (o *owner) serveWaiting() {
+	select {
+	case cmd := <-o.commands:
+		o.command(cmd)
+	default:
+	}
+}
+
+// record writes a group's record before anything rests on it. When that fails
+// the state in memory stays in force, and is written later: what failed may
+// have been written all the same.
 func (o *owner) record(ctx context.Context, g *nodegroups.Group) error {
-	ctx, cancel := context.WithTimeout(ctx, o.cfg.RecordWithin)
-	defer cancel()
-	summary := o.summary(g)
-	err := o.records.now(ctx, g.Spec().ID, g.Record(), summary)
+	id := g.Spec().ID
+	err := o.records.now(ctx, id, g.Record(), o.summary(g))
 	switch {
 	case errors.Is(err, model.ErrSuperseded):
 		o.stop(err)
 	case err != nil:
-		o.storeDown = time.Now().Add(o.cfg.RecordWithin)
+		scope := id
+		if ctx.Err() != nil {
+			scope = "" // each try would hold up all groups
+		}
+		o.recordAfter[scope] = time.Now().Add(o.cfg.RecordWithin)
+		before := o.fleet[id]
+		o.records.later(id, before.Record(), o.summary(before))
 	}
 	return err
+}
+
+// mayRecord says whether a group's record is worth a try.
+func (o *owner) mayRecord(id model.GroupID, now time.Time) bool {
+	return !now.Before(o.recordAfter[""]) && !now.Before(o.recordAfter[id])
+}
+
+// recordUnasked is record when no request waits for it. It takes half of the
+// time at most, so that a request which comes meanwhile has the other half.
+func (o *owner) recordUnasked(g *nodegroups.Group) error {
+	ctx, cancel := context.WithTimeout(o.ctx, o.cfg.RecordWithin/2)
+	defer cancel()
+	return o.record(ctx, g)
 }
 
 // result is the end of an effect.
@@ -633,17 +677,28 @@ type result struct {
 	idle   bool // Confirm
 }
 
-// perform carries out an effect beside the loop.
-func (o *owner) perform(e nodegroups.Effect) {
+// beside makes a call beside the loop, once there is a place for it.
+func (o *owner) beside(places chan struct{}, call func(ctx context.Context)) {
 	o.work.Go(func() {
 		select {
-		case o.places <- struct{}{}:
-			defer func() { <-o.places }()
+		case places <- struct{}{}:
+			defer func() { <-places }()
 		case <-o.ctx.Done():
 			return
 		}
 		ctx, cancel := context.WithTimeout(o.ctx, time.Minute)
 		defer cancel()
+		call(ctx)
+	})
+}
+
+// perform carries out an effect beside the loop.
+func (o *owner) perform(e nodegroups.Effect) {
+	places := o.clusters
+	if e.Verb.Cloud() {
+		places = o.clouds
+	}
+	o.beside(places, func(ctx context.Context) {
 		idle, err := o.act(ctx, e)
 		select {
 		case o.results <- result{e, err, time.Now(), idle}:
@@ -719,6 +774,7 @@ func (o *owner) plan() {
 	now := time.Now()
 	o.planned = now
 	for _, id := range slices.Sorted(maps.Keys(o.fleet)) {
+		o.serveWaiting()
 		g := o.fleet[id]
 		o.dirty[id] = true
 		settings := g.Settings()
@@ -726,22 +782,41 @@ func (o *owner) plan() {
 			continue
 		}
 		var nodes []scoring.Node
-		for _, n := range g.Nodes() {
-			if n.Phase == model.PhaseReady {
-				nodes = append(nodes, o.scored(n, now))
-			}
-		}
-		b := bounds(settings, now)
-		o.apply(g, nodegroups.Decide{Verdicts: scoring.Plan(nodes, b, now)})
+		var held []model.Verdict
 		idle := 0
-		for _, n := range nodes {
+		for _, n := range g.Nodes() {
+			switch n.Phase {
+			case model.PhaseReady:
+			case model.PhaseDraining, model.PhaseParking, model.PhaseParked:
+				// Nothing to decide; but the worth says who is taken back, and
+				// which parked node goes first.
+				held = append(held, model.Verdict{Instance: n.ID, Score: o.scored(n, now).Score(now)})
+				continue
+			default:
+				continue
+			}
 			if !n.Busy {
 				idle++
 			}
+			node := o.scored(n, now)
+			if m := n.Node.Marks; m.Protected && !m.ProtectedByUs {
+				// Left out of the plan: released in vain it would keep those
+				// that go after it from ever going.
+				held = append(held, model.Verdict{
+					Instance: n.ID, Decision: model.DecisionKeep, Score: node.Score(now),
+					Reasons: []model.Reason{{Code: "person", Text: "a person disabled its scale-down"}},
+				})
+				continue
+			}
+			nodes = append(nodes, node)
 		}
-		if want := b.MinWarm - idle; want > 0 && !now.Before(o.storeDown) {
+		b := bounds(settings, now)
+		o.apply(g, nodegroups.Decide{Verdicts: append(scoring.Plan(nodes, b, now), held...)})
+		if want := b.MinWarm - idle; want > 0 && o.mayRecord(id, now) {
 			// A prescale that is not recorded is simply asked again.
-			err := o.write(o.ctx, id, nodegroups.Prescale{Want: want, Reason: "min-warm", Prefer: o.preferred(g, now)})
+			ctx, cancel := context.WithTimeout(o.ctx, o.cfg.RecordWithin/2)
+			err := o.write(ctx, id, nodegroups.Prescale{Want: want, Reason: "min-warm", Prefer: o.preferred(g, now)})
+			cancel()
 			if err != nil && nodegroups.KindOf(err) != nodegroups.KindUnavailable {
 				o.log.Error("launching for min-warm failed", "nodegroup", id, "err", err)
 			}

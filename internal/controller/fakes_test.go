@@ -49,6 +49,12 @@ func (f *faults) set(rule func(op string) fault) {
 func (f *faults) always(kind fault) { f.set(func(string) fault { return kind }) }
 func (f *faults) heal()             { f.set(nil) }
 
+func (f *faults) setLatency(d time.Duration) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.latency = d
+}
+
 // only lets calls of these operations go wrong.
 func (f *faults) only(kind fault, ops ...string) {
 	f.set(func(op string) fault {
@@ -119,14 +125,14 @@ type fakeCloud struct {
 	state  sync.Mutex
 	groups map[model.GroupID]*fakeGroup
 	broken map[model.GroupID]error // groups that cannot be read
-	// forgetful leaves each instance out of every other snapshot at first.
+	// forgetful leaves each instance out of so many snapshots, but never out of
+	// two in a row.
 	forgetful int
 	// stale answers Snapshot with what was true this long ago.
 	stale    time.Duration
 	past     []pastState
 	launched int
 	lives    map[model.InstanceID]string // what became of each instance, for failures of tests
-	watch    func()                      // told after every change
 }
 
 type fakeGroup struct {
@@ -141,7 +147,8 @@ type machine struct {
 	model.Instance
 	due      time.Time
 	node     model.NodeName
-	omitted  int
+	omitted  int  // snapshots that left it out
+	listed   bool // in the last one that arrived
 	deadBoot bool // its Node never registers
 }
 
@@ -256,17 +263,30 @@ func (c *fakeCloud) Snapshot(ctx context.Context) (s model.Snapshot, err error) 
 		for id, g := range s.Groups {
 			g.Instances = slices.DeleteFunc(slices.Clone(g.Instances), func(i model.Instance) bool {
 				m := c.groups[id].machines[i.ID]
-				if m == nil || m.omitted >= 2*c.forgetful {
-					return false
-				}
-				m.omitted++
-				return m.omitted%2 == 0
+				return m != nil && m.listed && m.omitted < c.forgetful
 			})
 			s.Groups[id] = g
 		}
 		return nil
 	})
+	if err == nil {
+		c.arrived(s)
+	}
 	return s, err
+}
+
+// arrived remembers what a snapshot that arrived has left out.
+func (c *fakeCloud) arrived(s model.Snapshot) {
+	c.state.Lock()
+	defer c.state.Unlock()
+	for id, g := range s.Groups {
+		for mid, m := range c.groups[id].machines {
+			m.listed = slices.ContainsFunc(g.Instances, func(i model.Instance) bool { return i.ID == mid })
+			if !m.listed {
+				m.omitted++
+			}
+		}
+	}
 }
 
 // act carries out an operation on one group.
@@ -367,6 +387,16 @@ func (c *fakeCloud) machines(group model.GroupID) map[model.InstanceID]machine {
 		out[id] = *m
 	}
 	return out
+}
+
+// stopped counts a group's stopped machines.
+func (c *fakeCloud) stopped(group model.GroupID) (n int) {
+	for _, m := range c.machines(group) {
+		if m.State == model.InstanceStopped {
+			n++
+		}
+	}
+	return n
 }
 
 func (c *fakeCloud) launches() int {

@@ -14,18 +14,30 @@ import (
 // owned by the fleet's goroutine.
 type history struct {
 	keys map[model.InstanceID]map[model.CacheKey]model.KeyUse
-	// pods are the runner pods that are not finished, and those pending.
-	pods map[string]model.Pod
+	// pods are the runner pods that exist, finished ones too: they are told of
+	// more than once.
+	pods map[string]seenPod
+	// restored is when a key was last used on an instance as far as an earlier
+	// life recorded it: jobs that began before are contained in keys.
+	restored map[model.InstanceID]map[model.CacheKey]time.Time
 	// perNode counts the unfinished runner pods bound to each node.
 	perNode map[model.NodeName]int
 	// idleSince is when the node last became idle.
 	idleSince map[model.NodeName]time.Time
 }
 
+// seenPod is a pod as last seen.
+type seenPod struct {
+	model.Pod
+	fresh   bool // it was seen before it started, so its job is not in a record
+	counted bool // its job is in keys
+}
+
 func newHistory() *history {
 	return &history{
 		keys:      map[model.InstanceID]map[model.CacheKey]model.KeyUse{},
-		pods:      map[string]model.Pod{},
+		pods:      map[string]seenPod{},
+		restored:  map[model.InstanceID]map[model.CacheKey]time.Time{},
 		perNode:   map[model.NodeName]int{},
 		idleSince: map[model.NodeName]time.Time{},
 	}
@@ -34,16 +46,21 @@ func newHistory() *history {
 // restore takes over what an earlier life remembered of an instance.
 func (h *history) restore(r model.NodeRecord) {
 	keys := make(map[model.CacheKey]model.KeyUse, len(r.Warmth))
+	last := make(map[model.CacheKey]time.Time, len(r.Warmth))
 	for _, w := range r.Warmth {
 		keys[w.Key] = model.KeyUse{Last: w.LastUsed, Count: w.Uses}
+		last[w.Key] = w.LastUsed
 	}
 	if len(keys) > 0 {
-		h.keys[r.ID] = keys
+		h.keys[r.ID], h.restored[r.ID] = keys, last
 	}
 }
 
 // forget drops an instance that is gone.
-func (h *history) forget(id model.InstanceID) { delete(h.keys, id) }
+func (h *history) forget(id model.InstanceID) {
+	delete(h.keys, id)
+	delete(h.restored, id)
+}
 
 // job is one start of a CI job on a node, reported once.
 type job struct {
@@ -51,50 +68,47 @@ type job struct {
 	wait time.Duration
 }
 
-// see takes in the present state of a runner pod. It returns the job when the
-// pod was not known to have started before.
-func (h *history) see(p model.Pod, instance model.InstanceID, now time.Time) *job {
-	before, known := h.pods[p.UID]
-	finished := !p.Finished.IsZero()
-	h.count(before, known, -1, now)
-	if finished {
-		delete(h.pods, p.UID)
-	} else {
-		h.pods[p.UID] = p
-		h.count(p, true, +1, now)
-	}
-	if instance == "" || p.Key == "" || p.Started.IsZero() {
-		return nil
-	}
-	use := h.keys[instance][p.Key]
-	var started *job
-	if !known || before.Started.IsZero() || before.Node == "" {
+// see takes in the present state of a runner pod on an instance, which is
+// empty while it is not known. It returns the job when the pod was not known to
+// have started before.
+func (h *history) see(p model.Pod, instance model.InstanceID, now time.Time) (started *job) {
+	before := h.pods[p.UID]
+	h.count(before.Pod, -1, now)
+	h.count(p, +1, now)
+	seen := seenPod{p, before.fresh || p.Started.IsZero(), before.counted}
+	if instance != "" && p.Key != "" && !p.Started.IsZero() {
+		use := h.keys[instance][p.Key]
 		// A restart sees running and finished pods again: the times tell.
-		if use.Last.Before(p.Started.Truncate(time.Second)) {
+		if !seen.counted && (seen.fresh || h.restored[instance][p.Key].Before(p.Started)) {
 			started = &job{warm: scoring.Warmth(use, now) > 0, wait: p.Started.Sub(p.Created)}
 			use.Count++
 		}
+		seen.counted = true
+		for _, at := range []time.Time{p.Started, p.Finished} {
+			if at.After(use.Last) {
+				use.Last = at
+			}
+		}
+		h.set(instance, p.Key, use)
 	}
-	last := p.Started
-	if finished {
-		last = p.Finished
-	}
-	if last.After(use.Last) {
-		use.Last = last
-	}
-	h.set(instance, p.Key, use)
+	h.pods[p.UID] = seen
 	return started
 }
 
-// gone takes in that a pod was deleted.
-func (h *history) gone(p model.Pod, now time.Time) {
-	before, known := h.pods[p.UID]
-	h.count(before, known, -1, now)
+// gone takes in that a pod, last seen as p, was deleted. Its job has ended then
+// at the latest.
+func (h *history) gone(p model.Pod, instance model.InstanceID, now time.Time) (started *job) {
+	if p.Finished.IsZero() {
+		p.Finished = now
+	}
+	started = h.see(p, instance, now)
 	delete(h.pods, p.UID)
+	return started
 }
 
-func (h *history) count(p model.Pod, known bool, by int, now time.Time) {
-	if !known || p.Node == "" {
+// count adds a pod to those that keep its node busy, or takes it away.
+func (h *history) count(p model.Pod, by int, now time.Time) {
+	if p.Node == "" || !p.Finished.IsZero() {
 		return
 	}
 	h.perNode[p.Node] += by
@@ -127,7 +141,7 @@ func (h *history) busy(node model.NodeName) bool { return h.perNode[node] > 0 }
 func (h *history) waiting(group model.GroupID) map[model.CacheKey]int {
 	out := map[model.CacheKey]int{}
 	for _, p := range h.pods {
-		if p.Node == "" && p.Key != "" && (p.Group == "" || p.Group == group) {
+		if p.Node == "" && p.Key != "" && p.Finished.IsZero() && (p.Group == "" || p.Group == group) {
 			out[p.Key]++
 		}
 	}

@@ -91,7 +91,7 @@ func (l *lab) close() {
 		l.kill()
 	}
 	if l.t.Failed() {
-		l.t.Logf("log:\n%s", l.log.tail(120))
+		l.t.Logf("log:\n%s", l.log.tail(40))
 	}
 }
 
@@ -140,11 +140,12 @@ func (l *lab) kill() error {
 	return err
 }
 
-// restart is a kill and a new life.
-func (l *lab) restart() {
+// restart is a kill and a new life, with something happening in between.
+func (l *lab) restart(between ...func()) {
 	l.t.Helper()
-	if err := l.kill(); err != nil {
-		l.t.Fatalf("Run ended with %v when it was asked to end", err)
+	l.must(l.kill())
+	for _, f := range between {
+		f()
 	}
 	l.start()
 }
@@ -185,10 +186,10 @@ func (l *lab) state() string {
 		}
 	}
 	for _, n := range l.cluster.all() {
-		n.Labels = nil
-		fmt.Fprintf(&b, "  node %+v jobs %d\n", n, l.cluster.jobs(n.Name))
+		fmt.Fprintf(&b, "  node %s %s ready %v draining %v marks %+v jobs %d\n", n.Name, n.ID, n.Ready, n.Draining, n.Marks, l.cluster.jobs(n.Name))
 	}
-	return b.String()
+	const most = 4000
+	return string(b.Bytes()[:min(b.Len(), most)])
 }
 
 func (l *lab) view(id model.GroupID) *nodegroups.View {
@@ -242,19 +243,29 @@ func (l *lab) ready() []model.Node {
 	return slices.DeleteFunc(l.cluster.all(), func(n model.Node) bool { return !n.Ready })
 }
 
-// fleet brings the group to n Ready nodes as cluster-autoscaler would, and
+// fleet brings the runners to n Ready nodes as cluster-autoscaler would, and
 // waits until they are marked.
-func (l *lab) fleet(n int) []model.Node {
+func (l *lab) fleet(n int) []model.Node { return l.fleets(map[model.GroupID]int{runners: n}) }
+
+func (l *lab) fleets(sizes map[model.GroupID]int) []model.Node {
 	l.t.Helper()
 	l.refresh()
-	l.must(l.increase(runners, n))
+	all := 0
+	for id, n := range sizes {
+		l.must(l.increase(id, n))
+		all += n
+	}
 	l.within(2*time.Minute, "fleet of Ready and marked nodes", func() bool {
 		nodes := l.ready()
-		return len(nodes) == n && !slices.ContainsFunc(nodes, func(n model.Node) bool { return n.Marks.Decision == "" })
+		return len(nodes) >= all && !slices.ContainsFunc(nodes, func(n model.Node) bool { return n.Marks.Decision == "" })
 	})
+	l.settle()
 	l.refresh()
 	return l.ready()
 }
+
+// settle lets the watch catch up.
+func (l *lab) settle() { time.Sleep(time.Second) }
 
 // released waits until the plan has released exactly these nodes.
 func (l *lab) released(most time.Duration, names ...model.NodeName) {

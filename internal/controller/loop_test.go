@@ -62,6 +62,49 @@ func TestScaleUpEndToEnd(t *testing.T) {
 	})
 }
 
+// What has been asked of the cloud is looked at soon, although at rest it is
+// read seldom.
+func TestScaleUpIsSeenSoon(t *testing.T) {
+	experiment(t, []model.NodeGroup{group(runners)}, func(t *testing.T, l *lab) {
+		l.start()
+		l.refresh()
+		for range 5 {
+			time.Sleep(64 * time.Second)
+			launched := l.cloud.launches()
+			l.must(l.increase(runners, 1))
+			l.within(2*time.Second, "record of the new instance", func() bool { return len(l.store.nodeRecords()) == launched+1 })
+		}
+		// And at rest it is read seldom.
+		time.Sleep(2 * time.Minute)
+		before := l.cloud.count("snapshot")
+		time.Sleep(10 * time.Minute)
+		if got := l.cloud.count("snapshot") - before; got < 50 || got > 62 {
+			t.Errorf("%d snapshots in ten minutes at rest", got)
+		}
+	})
+}
+
+// Nodes that are older than Hearth bear no label of its and are in no record.
+func TestAdoptsFleetWithoutLabels(t *testing.T) {
+	experiment(t, []model.NodeGroup{group(runners)}, func(t *testing.T, l *lab) {
+		l.cluster.unlabelled = true
+		l.cloud.edit(runners, func(g *fakeGroup) { g.desired = 2 })
+		l.within(time.Minute, "two nodes of an old fleet", func() bool { return len(l.ready()) == 2 })
+		busy := l.ready()[0]
+		l.cluster.job("repo", time.Hour, busy.Name)
+		l.settle()
+		l.start()
+		if v := l.view(runners); v.Target != 2 || len(v.Instances) != 2 {
+			t.Errorf("the first view is %+v, want the two Ready nodes", v)
+		}
+		l.within(10*time.Second, "protection of both", func() bool { return len(l.unprotected()) == 0 })
+		if err := l.remove(runners, busy); err == nil || !contains(err.Error(), "CI job") {
+			t.Errorf("removal of the busy one: %v", err)
+		}
+		l.always(time.Minute, "nothing is launched", func() bool { return l.cloud.launches() == 2 })
+	})
+}
+
 // answer is everything that cluster-autoscaler reads.
 type answer struct {
 	Groups []nodegroups.View
@@ -205,22 +248,28 @@ func TestVeto(t *testing.T) {
 	experiment(t, []model.NodeGroup{group(runners, "max-idle", "1m")}, func(t *testing.T, l *lab) {
 		l.start()
 		nodes := l.fleet(2)
-		l.wantKind(l.remove(runners, nodes[0]), nodegroups.KindVetoed) // not released
-		l.released(3*time.Minute, nodes[0].Name, nodes[1].Name)
-		uid := l.cluster.job("repo", time.Hour, nodes[0].Name)
-		l.within(5*time.Second, "veto", func() bool { return nodegroups.KindOf(l.remove(runners, nodes[0])) == nodegroups.KindVetoed })
+		first, second := nodes[0], nodes[1]
+		l.wantKind(l.remove(runners, first), nodegroups.KindVetoed)
+		if got := l.metric(l.metrics.Vetoes.WithLabelValues(string(runners), "not-released")); got != 1 {
+			t.Errorf("%v vetoes of nodes that are not released counted", got)
+		}
+		l.released(3*time.Minute, first.Name)
+		uid := l.cluster.job("repo", time.Hour, first.Name)
+		l.settle()
+		l.wantKind(l.remove(runners, first), nodegroups.KindVetoed)
+		l.released(20*time.Second, second.Name) // the busy one is protected again
 		// All or nothing.
-		l.wantKind(l.remove(runners, nodes[1], nodes[0]), nodegroups.KindVetoed)
+		l.wantKind(l.remove(runners, second, first), nodegroups.KindVetoed)
 		if v := l.view(runners); v.Target != 2 || len(l.store.record(runners).Intents) != 0 {
 			t.Errorf("a vetoed request changed something: %+v", v)
 		}
-		if got := l.metric(l.metrics.Vetoes.WithLabelValues(string(runners), "busy")); got < 2 {
+		if got := l.metric(l.metrics.Vetoes.WithLabelValues(string(runners), "busy")); got != 2 {
 			t.Errorf("%v vetoes of busy nodes counted", got)
 		}
-		l.within(20*time.Second, "protection of the busy node", func() bool { n, _ := l.cluster.node(nodes[0].Name); return n.Marks.Protected })
+		l.must(l.remove(runners, second))
 		l.cluster.deletePod(uid)
-		l.released(3*time.Minute, nodes[0].Name, nodes[1].Name)
-		l.must(l.remove(runners, nodes...))
+		l.released(3*time.Minute, first.Name)
+		l.must(l.remove(runners, first))
 		l.within(time.Minute, "end of both", func() bool { return len(l.cloud.machines(runners)) == 0 && len(l.cluster.all()) == 0 })
 	})
 }
@@ -232,12 +281,29 @@ func TestDeletedNodeIsNotBusy(t *testing.T) {
 		l.start()
 		node := l.fleet(1)[0]
 		l.cluster.job("repo", time.Hour, node.Name)
-		l.within(5*time.Second, "busy node", func() bool { return nodegroups.KindOf(l.remove(runners, node)) == nodegroups.KindVetoed })
+		l.settle()
+		l.wantKind(l.remove(runners, node), nodegroups.KindVetoed)
 		l.cloud.edit(runners, func(g *fakeGroup) { g.machines[node.ID].deadBoot = true }) // its kubelet is dead, too
 		l.cluster.removeNode(node.Name)
-		l.within(5*time.Second, "accepted removal", func() bool { return l.remove(runners, node) == nil })
+		l.settle()
+		l.must(l.remove(runners, node))
 		l.within(time.Minute, "end of the machine", func() bool { return len(l.cloud.machines(runners)) == 0 })
 	})
+}
+
+// parked removes nodes as the plan releases them and waits until their
+// machines are stopped.
+func (l *lab) parked(nodes ...model.Node) {
+	l.t.Helper()
+	for range nodes {
+		l.within(5*time.Minute, "release", func() bool { return len(l.unprotected()) > 0 })
+		n, _ := l.cluster.node(l.unprotected()[0])
+		if n.Marks.Decision != model.DecisionPark {
+			l.t.Errorf("node %q is marked %q", n.Name, n.Marks.Decision)
+		}
+		l.must(l.remove(runners, n))
+		l.within(time.Minute, "end of the Node", func() bool { _, ok := l.cluster.node(n.Name); return !ok })
+	}
 }
 
 func TestParkAndResume(t *testing.T) {
@@ -245,32 +311,19 @@ func TestParkAndResume(t *testing.T) {
 		l.start()
 		nodes := l.fleet(2)
 		l.cluster.job("warm-repo", 20*time.Second, nodes[1].Name)
-		l.released(5*time.Minute, nodes[0].Name, nodes[1].Name)
-		for _, n := range l.ready() {
-			if n.Marks.Decision != model.DecisionPark {
-				t.Errorf("node %q is marked %q", n.Name, n.Marks.Decision)
-			}
-		}
-		l.must(l.remove(runners, nodes...))
-		l.within(time.Minute, "two parked machines without Nodes", func() bool {
-			stopped := 0
-			for _, m := range l.cloud.machines(runners) {
-				if m.State == model.InstanceStopped {
-					stopped++
-				}
-			}
-			return stopped == 2 && len(l.cluster.all()) == 0
+		l.parked(nodes...)
+		l.within(time.Minute, "two stopped machines", func() bool { return l.cloud.stopped(runners) == 2 })
+		l.within(10*time.Second, "view without parked machines", func() bool {
+			l.refresh()
+			v := l.view(runners)
+			return v.Target == 0 && len(v.Instances) == 0
 		})
-		l.refresh()
-		if v := l.view(runners); v.Target != 0 || len(v.Instances) != 0 {
-			t.Errorf("parked machines are told of: %+v", v)
-		}
 		l.restart() // what is parked and how warm it is survives
 		l.refresh()
 		l.cluster.job("warm-repo", 20*time.Second, "") // waits
-		time.Sleep(time.Second)
+		l.settle()
 		l.must(l.increase(runners, 1))
-		l.within(time.Minute, "the warm node back", func() bool { return len(l.ready()) == 1 })
+		l.within(time.Minute, "a node", func() bool { return len(l.ready()) == 1 })
 		if got := l.ready()[0]; got.ID != nodes[1].ID {
 			t.Errorf("%q was resumed, want the one that is warm for the waiting job, %q", got.ID, nodes[1].ID)
 		}
@@ -280,24 +333,19 @@ func TestParkAndResume(t *testing.T) {
 	})
 }
 
-// What is beyond max-parked goes by its worth, not by its id.
+// What is beyond max-parked goes by its worth, not by its age.
 func TestLeastValuableParkedGoesFirst(t *testing.T) {
-	experiment(t, []model.NodeGroup{group(runners, "max-idle", "1m", "park", "stop", "max-parked", "1")}, func(t *testing.T, l *lab) {
+	experiment(t, []model.NodeGroup{group(runners, "max-idle", "1m", "park", "stop", "max-parked", "2")}, func(t *testing.T, l *lab) {
 		l.start()
 		nodes := l.fleet(2)
-		l.cluster.job("warm-repo", 20*time.Second, nodes[1].Name)
-		l.released(5*time.Minute, nodes[0].Name, nodes[1].Name)
-		l.must(l.remove(runners, nodes...))
-		l.within(2*time.Minute, "one parked machine", func() bool {
-			machines := l.cloud.machines(runners)
-			for _, m := range machines {
-				if m.State != model.InstanceStopped {
-					return false
-				}
-			}
-			return len(machines) == 1
-		})
-		if _, ok := l.cloud.machines(runners)[nodes[1].ID]; !ok {
+		l.cluster.job("warm-repo", 20*time.Second, nodes[0].Name)
+		l.cluster.job("", 5*time.Minute, nodes[1].Name)
+		l.parked(nodes...) // the warm one first, since the other is busy
+		l.within(time.Minute, "two stopped machines", func() bool { return l.cloud.stopped(runners) == 2 })
+		time.Sleep(10 * time.Minute)
+		l.cluster.annotate(runners, annotation("max-parked", "1"))
+		l.within(time.Minute, "one stopped machine", func() bool { return len(l.cloud.machines(runners)) == 1 })
+		if _, ok := l.cloud.machines(runners)[nodes[0].ID]; !ok {
 			t.Errorf("the warm machine is gone, the cold one is parked")
 		}
 	})
@@ -486,11 +534,10 @@ func TestFailingCalls(t *testing.T) {
 					l.refresh()
 					l.must(l.increase(runners, 2))
 					l.within(10*time.Minute, "two nodes", func() bool { return len(l.ready()) == 2 })
-					l.within(10*time.Minute, "release", func() bool { return len(l.unprotected()) == 2 })
-					for _, n := range l.ready() {
-						l.within(10*time.Minute, "accepted removal", func() bool { return l.remove(runners, n) == nil })
-					}
-					l.within(20*time.Minute, "end of everything", func() bool {
+					ca := &autoscaler{lab: l, group: runners}
+					l.within(30*time.Minute, "end of everything", func() bool {
+						ca.loop(0)
+						time.Sleep(10 * time.Second)
 						return len(l.cloud.machines(runners)) == 0 && len(l.cluster.all()) == 0
 					})
 					if l.cloud.launches() != 2 || l.cloud.desired(runners) != 0 {
@@ -528,9 +575,11 @@ func TestHangingClusterDoesNotBlockCloud(t *testing.T) {
 	big.Max = 100
 	experiment(t, []model.NodeGroup{big}, func(t *testing.T, l *lab) {
 		l.start()
-		l.fleet(50)
+		for _, n := range l.fleet(50) { // every mark has to be written again
+			l.cluster.edit(n.Name, func(n *model.Node) { n.Marks = model.Marks{} })
+		}
 		l.cluster.always(hangBefore)
-		time.Sleep(5 * time.Minute) // every node's mark would change now
+		time.Sleep(5 * time.Minute)
 		l.refresh()
 		l.must(l.increase(runners, 1))
 		l.within(10*time.Second, "launch beside a hanging API server", func() bool { return l.cloud.launches() == 51 })
@@ -690,5 +739,40 @@ func TestConfig(t *testing.T) {
 			t.Errorf("default RecordWithin %s", got)
 		}
 		l.ctl = nil // was never run
+	})
+}
+
+// The expander is answered from what was true at the last Refresh.
+func TestBestOption(t *testing.T) {
+	cheap, dear, parking := group("cheap", "node-price", "1"), group("dear", "node-price", "3"), group(runners, "node-price", "2", "max-idle", "1m", "park", "stop")
+	experiment(t, []model.NodeGroup{cheap, dear, parking}, func(t *testing.T, l *lab) {
+		options := func(jobs map[model.CacheKey]int) []Option {
+			return []Option{{Group: "dear", Nodes: 1, Jobs: jobs}, {Group: runners, Nodes: 1, Jobs: jobs}, {Group: "cheap", Nodes: 1, Jobs: jobs}}
+		}
+		best := func(want model.GroupID, jobs map[model.CacheKey]int) {
+			t.Helper()
+			if got := l.ctl.BestOption(options(jobs)); got != want {
+				t.Errorf("best option for %v is %q, want %q", jobs, got, want)
+			}
+		}
+		l.start()
+		if got := l.ctl.BestOption(nil); got != "" {
+			t.Errorf("best of no options is %q", got)
+		}
+		l.refresh()
+		best("cheap", map[model.CacheKey]int{"repo": 1})
+		node := l.fleet(1)[0]
+		l.cluster.job("repo", 20*time.Second, node.Name)
+		l.settle()
+		l.parked(node)
+		l.within(time.Minute, "stopped machine", func() bool { return l.cloud.stopped(runners) == 1 })
+		l.settle()
+		l.refresh()
+		best(runners, map[model.CacheKey]int{"repo": 1})  // its cache is parked here
+		best(runners, map[model.CacheKey]int{"other": 1}) // nothing has to be launched
+		best(runners, map[model.CacheKey]int{"": 1})      // of no known key
+		if got := l.ctl.BestOption([]Option{{Group: "unknown", Nodes: 1}}); got != "unknown" {
+			t.Errorf("best of one option is %q", got)
+		}
 	})
 }

@@ -3,6 +3,7 @@ package controller
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"maps"
 	"slices"
@@ -171,7 +172,10 @@ func (r *recorder) flush(ctx context.Context) error {
 			r.mu.Unlock()
 		}
 	}
-	return errors.Join(failed...)
+	if err := errors.Join(failed...); len(failed) <= 1 || errors.Is(err, model.ErrSuperseded) {
+		return err
+	}
+	return fmt.Errorf("%d writes failed, the first: %w", len(failed), failed[0])
 }
 
 func (r *recorder) flushGroup(ctx context.Context, id model.GroupID) error {

@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -185,53 +186,73 @@ func camel(word string) string {
 	return b.String()
 }
 
-// marking is what was last asked to be written on a node, and when it may be
-// asked again if the watch does not show it.
+// marking is what was last asked to be written on a node.
 type marking struct {
 	decision  model.Decision
 	protected bool
-	again     time.Time
+	underway  bool
+	again     time.Time // when it may be asked again if the watch does not show it
 }
 
-// mark keeps our annotations on the nodes of a runner group as the plan says:
-// everything is protected from cluster-autoscaler but what the plan releases
-// and what is dead or on its way out anyway.
+// mark keeps our annotations on the nodes as the plan says, one call at a time
+// for each node.
 func (o *owner) mark(g *nodegroups.Group, now time.Time) {
-	if !g.Settings().Runner() {
-		return
-	}
 	for _, n := range g.Nodes() {
 		node := n.Node
-		if node.Name == "" || n.Phase != model.PhaseReady && n.Phase != model.PhaseLaunching && n.Phase != model.PhaseResuming {
+		want, ours := marks(g.Settings(), n, now)
+		if !ours || node.Name == "" {
 			continue
 		}
-		decision := n.Verdict.Decision
-		if decision == "" {
-			decision = model.DecisionKeep
-		}
-		dead := n.Phase == model.PhaseReady && !node.Ready && now.Sub(node.ReadyChanged) >= unreadyProtected
-		want := model.Marks{Decision: decision, Reason: words(n.Verdict.Reasons), Protected: decision == model.DecisionKeep && !dead}
 		have := node.Marks
 		protected := have.Protected == want.Protected || have.Protected && !have.ProtectedByUs
 		asked := o.marking[n.ID]
-		if have.Decision == want.Decision && protected ||
+		if have.Decision == want.Decision && protected || asked.underway ||
 			asked.decision == want.Decision && asked.protected == want.Protected && now.Before(asked.again) {
 			continue
 		}
-		o.marking[n.ID] = marking{want.Decision, want.Protected, now.Add(5 * time.Second)}
-		o.work.Go(func() {
-			select {
-			case o.places <- struct{}{}:
-				defer func() { <-o.places }()
-			case <-o.ctx.Done():
-				return
-			}
-			if err := o.cfg.Nodes.Mark(o.ctx, node.Name, node.UID, want); err != nil && o.ctx.Err() == nil {
+		o.marking[n.ID] = marking{decision: want.Decision, protected: want.Protected, underway: true}
+		o.beside(o.clusters, func(ctx context.Context) {
+			if err := o.cfg.Nodes.Mark(ctx, node.Name, node.UID, want); err != nil && o.ctx.Err() == nil {
 				o.log.Error("annotating failed; it will be tried again", "node", node.Name, "err", err)
 			}
+			select {
+			case o.marked <- n.ID:
+			case <-o.ctx.Done():
+			}
 		})
-		if have.Decision != "" && have.Decision != want.Decision {
+		if have.Decision != "" && want.Decision != "" && have.Decision != want.Decision {
 			o.cfg.Events.Node(node, model.SeverityNormal, "Decision"+camel(string(want.Decision)), fmt.Sprintf("%s: %s", want.Decision, want.Reason))
 		}
 	}
+}
+
+// markingEnded takes in the end of a call, good or bad. By now the node may
+// have to be marked otherwise.
+func (o *owner) markingEnded(id model.InstanceID) {
+	if asked, ok := o.marking[id]; ok {
+		asked.underway, asked.again = false, time.Now().Add(5*time.Second)
+		o.marking[id] = asked
+		o.dirty[o.groupOf[id]] = true
+	}
+}
+
+// marks returns what our annotations on a node are to be, false when they may
+// stay as they are. In a runner group everything is protected from
+// cluster-autoscaler but what the plan releases and what is dead; in a plain
+// one nothing is marked.
+func marks(s nodegroups.Settings, n nodegroups.NodeStatus, now time.Time) (want model.Marks, ours bool) {
+	if !s.Runner() {
+		return model.Marks{}, true
+	}
+	if n.Phase != model.PhaseReady && n.Phase != model.PhaseLaunching && n.Phase != model.PhaseResuming {
+		return model.Marks{}, false // on its way out
+	}
+	decision := n.Verdict.Decision
+	if decision == "" {
+		decision = model.DecisionKeep
+	}
+	dead := n.Phase == model.PhaseReady && !n.Node.Ready && now.Sub(n.Node.ReadyChanged) >= unreadyProtected
+	return model.Marks{
+		Decision: decision, Reason: words(n.Verdict.Reasons), Protected: decision == model.DecisionKeep && !dead,
+	}, true
 }

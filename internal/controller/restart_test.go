@@ -2,8 +2,8 @@ package controller
 
 import (
 	"context"
-	"errors"
 	"fmt"
+	"math/rand/v2"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -65,15 +65,50 @@ func (a *autoscaler) loop(want int) {
 	}
 }
 
-// kill says when a life ends and how long it takes until the next begins.
-type kill struct{ at, down time.Duration }
+// ordeal is what a provider has to live through.
+type ordeal struct {
+	kills                 []kill
+	park                  bool
+	forgetful             bool // snapshots leave instances out
+	cloud, cluster, store trouble
+}
+
+// kill says after which time a life ends, and how long it takes until the next
+// begins.
+type kill struct{ lived, down time.Duration }
+
+// trouble lets one call in so many go wrong; zero: none.
+type trouble struct {
+	oneIn int
+	kind  fault
+	seed  uint64
+}
+
+func (r trouble) inflict(f *faults) {
+	if r.oneIn == 0 {
+		return
+	}
+	dice := rand.New(rand.NewPCG(r.seed, 0))
+	f.set(func(string) fault {
+		if dice.IntN(r.oneIn) == 0 {
+			return r.kind
+		}
+		return healthy
+	})
+}
 
 // scaleUpAndDown brings a group from nothing to three nodes and back, under a
 // provider that is killed again and again, and returns what is wrong in the
 // end. The autoscaler goes on all the time.
-func scaleUpAndDown(l *lab, kills []kill) error {
+func scaleUpAndDown(l *lab, o ordeal) error {
 	const up = 2 * time.Minute
 	began := time.Now()
+	if o.forgetful {
+		l.cloud.forgetful = 5
+	}
+	o.cloud.inflict(&l.cloud.faults)
+	o.cluster.inflict(&l.cluster.faults)
+	o.store.inflict(&l.store.faults)
 	ca := &autoscaler{lab: l, group: runners}
 	l.begin()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -85,7 +120,7 @@ func scaleUpAndDown(l *lab, kills []kill) error {
 		defer scan.Stop()
 		for {
 			want := 3
-			if time.Since(began) > up {
+			if time.Since(began) > up && l.cloud.launches() >= want {
 				want = 0
 			}
 			select {
@@ -98,10 +133,9 @@ func scaleUpAndDown(l *lab, kills []kill) error {
 			}
 		}
 	}()
-	for _, k := range kills {
-		time.Sleep(k.at)
-		// The life ends in the middle of whatever the autoscaler asks.
-		l.stop()
+	for _, k := range o.kills {
+		time.Sleep(k.lived)
+		l.stop() // in the middle of whatever the autoscaler asks
 		lives <- func() {
 			_ = l.kill()
 			time.Sleep(k.down)
@@ -109,25 +143,8 @@ func scaleUpAndDown(l *lab, kills []kill) error {
 		}
 	}
 	var problem error
-	done := func() error {
-		switch r := l.store.record(runners); {
-		case time.Since(began) < up+time.Minute:
-			return errors.New("not over yet")
-		case len(l.cloud.machines(runners)) > 0:
-			return fmt.Errorf("leaked machines %v", l.cloud.machines(runners))
-		case len(l.cluster.all()) > 0:
-			return fmt.Errorf("leaked Nodes %v", l.cluster.all())
-		case l.cloud.desired(runners) != 0:
-			return fmt.Errorf("the cloud still desires %d", l.cloud.desired(runners))
-		case r.Target != 0 || r.Hidden != 0 || len(r.Intents) > 0:
-			return fmt.Errorf("the record is %+v", r)
-		case len(l.store.nodeRecords()) > 0:
-			return fmt.Errorf("leaked RunnerNodes %v", l.store.nodeRecords())
-		}
-		return nil
-	}
-	for end := time.Now().Add(30 * time.Minute); time.Now().Before(end); time.Sleep(time.Second) {
-		if problem = done(); problem == nil {
+	for end := time.Now().Add(40 * time.Minute); time.Now().Before(end); time.Sleep(time.Second) {
+		if problem = atRest(l, o.park); problem == nil && time.Since(began) > up+time.Minute && l.cloud.launches() > 0 {
 			break
 		}
 	}
@@ -139,11 +156,36 @@ func scaleUpAndDown(l *lab, kills []kill) error {
 	return problem
 }
 
-func survives(t *testing.T, kills []kill) (err error) {
+// atRest says what is left of a group that was to be scaled to nothing.
+func atRest(l *lab, park bool) error {
+	r, machines, records := l.store.record(runners), l.cloud.machines(runners), l.store.nodeRecords()
+	for id, m := range machines {
+		if !park || m.State != model.InstanceStopped || r.Intents[id].Desired != model.DesiredParked {
+			return fmt.Errorf("leaked machine %s: %s, recorded as %+v", id, m.State, r.Intents[id])
+		}
+	}
+	switch {
+	case len(l.cluster.all()) > 0:
+		return fmt.Errorf("leaked Nodes %v", l.cluster.all())
+	case l.cloud.desired(runners) != 0:
+		return fmt.Errorf("the cloud still desires %d", l.cloud.desired(runners))
+	case r.Target != 0 || r.Hidden != 0 || len(r.Intents) != len(machines):
+		return fmt.Errorf("the record is %+v", r)
+	case len(records) != len(machines):
+		return fmt.Errorf("%d RunnerNodes for %d machines", len(records), len(machines))
+	}
+	return nil
+}
+
+func survives(t *testing.T, o ordeal) (err error) {
 	synctest.Test(t, func(t *testing.T) {
-		l := newLab(t, []model.NodeGroup{group(runners, "max-idle", "1m")})
+		g := group(runners, "max-idle", "1m")
+		if o.park {
+			g = group(runners, "max-idle", "1m", "park", "stop")
+		}
+		l := newLab(t, []model.NodeGroup{g})
 		defer l.close()
-		if err = scaleUpAndDown(l, kills); err != nil {
+		if err = scaleUpAndDown(l, o); err != nil {
 			err = fmt.Errorf("%w\n%s\nlog:\n%s", err, l.state(), l.log.tail(60))
 		}
 	})
@@ -164,23 +206,33 @@ func TestKilledAtEveryStep(t *testing.T) {
 		{175 * time.Second, 200 * time.Second}, // the next round
 	} {
 		for at := window.from; at < window.to; at += step {
-			if err := survives(t, []kill{{at, time.Second}}); err != nil {
+			if err := survives(t, ordeal{kills: []kill{{at, time.Second}}}); err != nil {
 				t.Fatalf("killed after %s: %v", at, err)
 			}
 		}
 	}
 }
 
-func TestKilledAgainAndAgain(t *testing.T) {
+func TestSurvivesAnything(t *testing.T) {
 	rapid.Check(t, func(rt *rapid.T) {
-		var kills []kill
-		for range rapid.IntRange(1, 6).Draw(rt, "kills") {
-			kills = append(kills, kill{
-				at:   time.Duration(rapid.IntRange(0, 60_000).Draw(rt, "lived ms")) * time.Millisecond,
-				down: time.Duration(rapid.SampledFrom([]int{0, 100, 2_000, 30_000}).Draw(rt, "down ms")) * time.Millisecond,
+		var o ordeal
+		for range rapid.IntRange(0, 6).Draw(rt, "kills") {
+			o.kills = append(o.kills, kill{
+				lived: time.Duration(rapid.IntRange(0, 60_000).Draw(rt, "lived ms")) * time.Millisecond,
+				down:  time.Duration(rapid.SampledFrom([]int{0, 100, 2_000, 30_000}).Draw(rt, "down ms")) * time.Millisecond,
 			})
 		}
-		if err := survives(t, kills); err != nil {
+		o.park = rapid.Bool().Draw(rt, "park")
+		o.forgetful = rapid.Bool().Draw(rt, "forgetful")
+		draw := func(name string) trouble {
+			return trouble{
+				oneIn: rapid.SampledFrom([]int{0, 2, 3, 7}).Draw(rt, name+" fails one call in"),
+				kind:  rapid.SampledFrom([]fault{failBefore, failAfter, hangBefore, hangAfter}).Draw(rt, name+" fails"),
+				seed:  rapid.Uint64().Draw(rt, name+" seed"),
+			}
+		}
+		o.cloud, o.cluster, o.store = draw("cloud"), draw("cluster"), draw("store")
+		if err := survives(t, o); err != nil {
 			rt.Fatal(err)
 		}
 	})

@@ -47,6 +47,11 @@ func nodeFrom(n *corev1.Node) model.Node {
 	}
 	for _, t := range n.Spec.Taints {
 		switch t.Key {
+		case corev1.TaintNodeNotReady:
+			// Put on at registration and taken off a moment after the kubelet is
+			// ready: until then no pod is scheduled there, and
+			// cluster-autoscaler counts the node as not ready.
+			out.Ready = false
 		case taintDraining:
 			out.Draining = true
 		case taintToBeDeleted:

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"time"
 
@@ -117,6 +119,7 @@ func (p *Playground) Stop() error {
 	p.mu.Unlock()
 	for _, r := range providers {
 		r.process.Kill()
+		_ = r.health.Close()
 	}
 	for _, f := range []*Forwarder{p.provider, p.expander} {
 		if f != nil {
@@ -133,14 +136,19 @@ func (p *Playground) Stop() error {
 	return errors.Join(errs...)
 }
 
-// freeAddress returns a loopback address on which nothing listens now.
+// freeAddress returns a loopback address on which nothing listens now. Its port
+// is below the range that Linux takes for outgoing connections, so that none of
+// these occupies it while the process that it is for is being started again.
 func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", fmt.Errorf("looking for a free port: %w", err)
+	var l net.Listener
+	var err error
+	for range 100 {
+		if l, err = net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(20000+rand.IntN(12000)))); err == nil {
+			defer l.Close()
+			return l.Addr().String(), nil
+		}
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	return "", fmt.Errorf("looking for a free port: %w", err)
 }
 
 // await tries until ok, or fails with the last reason when ctx or within ends.

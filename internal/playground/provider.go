@@ -34,8 +34,9 @@ type Provider struct {
 }
 
 // StartProvider starts a replica. groups is the YAML of the config's
-// nodeGroups and backend fields; everything else is filled in. It returns when
-// the process runs; Serving says when it leads.
+// nodeGroups and backend fields, and of leaderElection where its short times
+// are not wanted; everything else is filled in. It returns when the process
+// runs; Serving says when it leads.
 func (p *Playground) StartProvider(name, groups string) (*Provider, error) {
 	r := &Provider{Name: name, ConfigFile: filepath.Join(p.dir, name+".yaml"), playground: p}
 	var err error
@@ -55,6 +56,10 @@ func (p *Playground) StartProvider(name, groups string) (*Provider, error) {
 
 // WriteConfig replaces the replica's config file; a running one reloads it.
 func (r *Provider) WriteConfig(groups string) error {
+	election := ""
+	if !strings.Contains("\n"+groups, "\nleaderElection:") {
+		election = "leaderElection: {enabled: true, namespace: hearth, leaseDuration: 6s, renewDeadline: 4s, retryPeriod: 1s}\n"
+	}
 	text := fmt.Sprintf(`apiVersion: hearth.dev/v1alpha1
 kind: ProviderConfig
 server:
@@ -63,9 +68,8 @@ server:
   tls: {certFile: %q, keyFile: %q, clientCAFile: %q}
 http: {address: %q}
 kubernetes: {kubeconfig: %q}
-leaderElection: {enabled: true, namespace: hearth, leaseDuration: 6s, renewDeadline: 4s, retryPeriod: 1s}
-%s`, r.Address, r.ExpanderAddress, r.TLS.Cert, r.TLS.Key, r.playground.Authority.CAFile(), r.HTTPAddress,
-		r.playground.kubeconfig(), groups)
+%s%s`, r.Address, r.ExpanderAddress, r.TLS.Cert, r.TLS.Key, r.playground.Authority.CAFile(), r.HTTPAddress,
+		r.playground.kubeconfig(), election, groups)
 	next := r.ConfigFile + ".next"
 	if err := os.WriteFile(next, []byte(text), 0o600); err != nil {
 		return fmt.Errorf("writing the config of %q: %w", r.Name, err)
@@ -94,6 +98,7 @@ func (r *Provider) Restart() error {
 			return fmt.Errorf("dialling %q: %w", r.Name, err)
 		}
 	}
+	r.health.ResetConnectBackoff() // grown while the process was gone
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, known := range p.providers {

@@ -20,6 +20,11 @@ const (
 	// since 1.35 CA's loops may follow each other without a pause.
 	revealAfter = 3
 	revealAge   = 5 * time.Second
+	// readyAge is how long before a Refresh a node must have been seen Ready
+	// at one, so that CA is sure to hold it for Ready too. startupTime is the
+	// age up to which CA by default holds one that is not Ready for starting.
+	readyAge    = 2 * time.Second
+	startupTime = 15 * time.Minute
 	// lostAfter is how many snapshots in a row must lack an instance before
 	// it counts as gone: clouds list with eventual consistency.
 	lostAfter = 2
@@ -85,11 +90,12 @@ type member struct {
 	// adopted: nobody asked for it. It may be the cloud's own replacement of
 	// an instance that is not yet known to be lost.
 	adopted bool
-	// refreshes counts the Refreshes at which the hidden node was Ready, the
-	// first of them at readySince.
+	// readySince is the first of the Refreshes at which the node was Ready,
+	// zero when it was not at the last one; refreshes counts those at which it
+	// was and was hidden.
 	refreshes  int
 	readySince time.Time
-	wasReady  bool
+	wasReady   bool
 	// Of the present drain: our taint was put on, and a live read found no
 	// runner pods since.
 	tainted, confirmed bool
@@ -573,17 +579,17 @@ func (g *Group) refresh(now time.Time, out *Outcome) {
 	}
 	for _, id := range g.memberIDs() {
 		m := g.members[id]
+		if !g.nodes[id].Ready {
+			m.refreshes, m.readySince = 0, time.Time{}
+			continue
+		}
+		if m.readySince.IsZero() {
+			m.readySince = now
+		}
 		if !m.hidden || g.leaving(id) {
 			continue
 		}
-		if !g.nodes[id].Ready {
-			m.refreshes = 0
-			continue
-		}
-		if m.refreshes++; m.refreshes == 1 {
-			m.readySince = now
-		}
-		if m.refreshes >= revealAfter && now.Sub(m.readySince) >= revealAge {
+		if m.refreshes++; m.refreshes >= revealAfter && now.Sub(m.readySince) >= revealAge {
 			g.reveal(m)
 			out.note(CommitSoon, "reveal", "ready", 1, id)
 		}
@@ -640,6 +646,7 @@ func (g *Group) increaseSize(e IncreaseSize, now time.Time, out *Outcome) error 
 	out.Commit = CommitFirst
 	g.amendView(func(v *View) {
 		v.Target += e.Delta
+		v.Starting = true
 		var added []InstanceView
 		for id, m := range g.members {
 			if _, listed := v.find(id); !listed && !m.hidden && !g.leaving(id) {
@@ -710,6 +717,7 @@ func (g *Group) resume(n int, prefer []model.InstanceID, hidden bool, now time.T
 	slices.SortStableFunc(parked, func(a, b model.InstanceID) int { return cmp.Compare(rank(a), rank(b)) })
 	for _, id := range parked[:min(n, len(parked))] {
 		g.record.Intents[id] = Intent{model.DesiredRunning, StageStarting, now}
+		delete(g.verdicts, id) // it must be released anew
 		m := g.members[id]
 		m.hidden, m.wasReady, m.adopted = hidden, false, false
 		if hidden {
@@ -771,7 +779,8 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 	for _, id := range members {
 		g.drop(id)
 		intent := Intent{model.DesiredGone, StageDraining, now}
-		if g.settings.Runner() && g.settings.Park == ParkStop && g.verdicts[id].Decision == model.DecisionPark {
+		// One that never came up holds nothing that is worth keeping.
+		if g.settings.Runner() && g.settings.Park == ParkStop && g.verdicts[id].Decision == model.DecisionPark && !g.neverReady(id) {
 			intent.Desired = model.DesiredParked
 		}
 		if !g.settings.Runner() || g.nodes[id].Name == "" {
@@ -785,10 +794,10 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 		if revealed, _ := g.Unborn(); revealed > 0 {
 			g.record.Target--
 			removed++
+			out.note(CommitFirst, "cancel", "launch-failed", 1, "")
 		}
 		g.placeholders = slices.DeleteFunc(g.placeholders, func(p model.InstanceID) bool { return p == id })
 		g.tombstones[id] = now
-		out.note(CommitFirst, "cancel", "launch-failed", 1, "")
 	}
 	g.amendView(func(v *View) {
 		for _, id := range members {
@@ -882,7 +891,6 @@ func (g *Group) amendView(change func(*View)) {
 	v.Instances = slices.Clone(v.Instances)
 	change(&v)
 	v.Debug = g.debug()
-	v.Starting = v.Starting || g.starting()
 	g.view = &v
 }
 
@@ -910,7 +918,7 @@ func (g *Group) buildView(now time.Time) *View {
 			v.Instances = append(v.Instances, InstanceView{ID: id, Status: status(m)})
 		}
 	}
-	v.Starting = g.starting()
+	v.Starting = g.starting(now)
 	g.renewPlaceholders()
 	for _, id := range g.placeholders {
 		v.Instances = append(v.Instances, InstanceView{ID: id, Status: StatusCreating, Failure: g.snapshot.Failure})
@@ -919,14 +927,31 @@ func (g *Group) buildView(now time.Time) *View {
 	return v
 }
 
-// starting says whether an instance is wanted or there that is not Ready yet.
-func (g *Group) starting() bool {
-	if revealed, hidden := g.Unborn(); revealed+hidden > 0 {
+// starting says whether CA may take a node that is on its way for one that is
+// broken. So it does with one that it holds for registered and not Ready: it
+// may have listed its nodes some time before the Refresh. What has not
+// registered within the group's own max-node-provision-time does not count:
+// CA needs that time to give it up.
+func (g *Group) starting(now time.Time) bool {
+	awaited := func(since time.Time) bool {
+		most := g.settings.Options.MaxNodeProvisionTime
+		return most == nil || now.Sub(since) < *most
+	}
+	if revealed, hidden := g.Unborn(); revealed+hidden > 0 && awaited(g.askedAt) {
 		return true
 	}
-	for id := range g.members {
-		if !g.leaving(id) && !g.nodes[id].Ready {
-			return true
+	for id, m := range g.members {
+		node, registered := g.nodes[id]
+		switch {
+		case g.leaving(id):
+		case !registered:
+			if awaited(m.cloud.LaunchedAt) {
+				return true
+			}
+		case m.readySince.IsZero() || now.Sub(m.readySince) < readyAge:
+			if now.Sub(node.Created) < startupTime {
+				return true
+			}
 		}
 	}
 	return false

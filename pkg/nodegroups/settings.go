@@ -374,9 +374,9 @@ func parseDay(v string) (time.Weekday, bool) {
 // parseClock reads "08:00"; "24:00" is the end of the day.
 func parseClock(v string) (time.Duration, bool) {
 	hours, minutes, found := strings.Cut(v, ":")
-	h, err1 := strconv.Atoi(hours)
-	m, err2 := strconv.Atoi(minutes)
-	if !found || err1 != nil || err2 != nil || len(minutes) != 2 || h < 0 || m < 0 || m > 59 || h > 24 || h == 24 && m > 0 {
+	h, err1 := strconv.ParseUint(hours, 10, 8) // takes no sign
+	m, err2 := strconv.ParseUint(minutes, 10, 8)
+	if !found || err1 != nil || err2 != nil || len(hours) > 2 || len(minutes) != 2 || m > 59 || h > 24 || h == 24 && m > 0 {
 		return 0, false
 	}
 	return time.Duration(h)*time.Hour + time.Duration(m)*time.Minute, true

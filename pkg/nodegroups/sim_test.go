@@ -48,8 +48,9 @@ type sim struct {
 	cancelled int // unborn ones that were given up
 	restarts  int
 
-	ordered      int // instances that the group said it launches
-	placeholders map[model.InstanceID]bool
+	ordered      int                       // instances that the group said it launches
+	placeholders map[model.InstanceID]bool // ever shown
+	shown        []model.InstanceID        // in the last view
 }
 
 // call is an effect under way.
@@ -88,6 +89,12 @@ func newSim(t *rapid.T) *sim {
 	s.foreign = rapid.IntRange(0, 3).Draw(t, "old instances")
 	s.w.desired = s.foreign
 	s.w.launch()
+	for id := range s.w.instances { // some of it stopped
+		if rapid.IntRange(0, 4).Draw(t, "stopped") == 0 {
+			s.w.set(id, model.InstanceStopped)
+			s.w.desired--
+		}
+	}
 	group, settings := s.drawConfig()
 	s.g = NewGroup(group, settings, Record{})
 	s.begin()
@@ -103,10 +110,8 @@ func (s *sim) drawConfig() (model.NodeGroup, Settings) {
 	s.maxEver = max(s.maxEver, group.Max)
 	settings := Defaults(group)
 	settings.Role = model.RoleRunner
-	if rapid.Bool().Draw(s.t, "park") {
-		settings.Park = ParkStop
-	}
-	settings.MaxParked = rapid.IntRange(0, 3).Draw(s.t, "max-parked")
+	settings.Park = rapid.SampledFrom([]Park{ParkStop, ParkOff}).Draw(s.t, "park")
+	settings.MaxParked = 3 - rapid.IntRange(0, 3).Draw(s.t, "max-parked")
 	settings.MaxParkedAge = rapid.SampledFrom([]time.Duration{10 * time.Minute, 24 * time.Hour}).Draw(s.t, "max-parked-age")
 	return group, settings
 }
@@ -178,6 +183,9 @@ func (s *sim) actions() map[string]func() {
 		"delete nonsense":         s.deleteNonsense,
 		"delete placeholders":     s.deletePlaceholders,
 		"decrease":                s.decrease,
+		"scale down":              s.scaleDown,
+		"scale down again":        s.scaleDown,
+		"scale down, at leisure":  func() { s.scaleDown(); s.quick(); s.quick(); s.boot(); s.quick() },
 		"autoscaler restarts":     func() { s.command(Forget{}) },
 	}
 }
@@ -388,6 +396,11 @@ func (s *sim) answerRead() {
 				if id := r.content.Instances[at].ID; !s.omitted[id] {
 					s.omitted[id] = true
 					r.content.Instances = slices.Delete(r.content.Instances, at, at+1)
+				}
+			}
+			for id := range s.g.tombstones { // listed for longer than it lived
+				if _, exists := s.w.instances[id]; !exists && strings.HasPrefix(string(id), "i-") {
+					r.content.Instances = append(r.content.Instances, model.Instance{ID: id, State: model.InstanceTerminating})
 				}
 			}
 			return
@@ -647,7 +660,7 @@ func (s *sim) refresh() {
 	if v == nil {
 		return
 	}
-	revealed := 0
+	revealed, shown := 0, []model.InstanceID(nil)
 	for _, i := range v.Instances {
 		if i.Status != StatusDeleting {
 			revealed++
@@ -655,19 +668,18 @@ func (s *sim) refresh() {
 		if i.Failure == nil {
 			continue
 		}
-		// What is new in this view must be new for ever.
-		if !s.placeholders[i.ID] {
-			s.placeholders[i.ID] = true
-		} else if !slices.Contains(s.lastPlaceholders(), i.ID) {
+		// What was not in the last view was in none.
+		shown = append(shown, i.ID)
+		if s.placeholders[i.ID] && !slices.Contains(s.shown, i.ID) {
 			s.t.Fatalf("placeholder %s is used again", i.ID)
 		}
+		s.placeholders[i.ID] = true
 	}
+	s.shown = shown
 	if v.Target != s.g.record.Target || revealed > v.Target {
-		s.t.Fatalf("the view lists %d instances for target %d, recorded %d", revealed, v.Target, s.g.record.Target)
+		s.t.Fatalf("the view lists %d instances for target %d, recorded %d\n%s", revealed, v.Target, s.g.record.Target, dump(s.g))
 	}
 }
-
-func (s *sim) lastPlaceholders() []model.InstanceID { return s.g.placeholders }
 
 func (s *sim) increase() {
 	if s.g.synced {
@@ -690,7 +702,17 @@ func (s *sim) deleteNodes() {
 			e.Instances = append(e.Instances, i.ID)
 		}
 	}
-	if len(e.Instances) > 0 && s.command(e) {
+	if len(e.Instances) == 0 {
+		return
+	}
+	for _, id := range e.Instances {
+		s.w.change(id, func(n *model.Node) { n.CATaintSince = s.w.now })
+	}
+	if accepted := s.command(e); !accepted && rapid.Bool().Draw(s.t, "rolled back") {
+		for _, id := range e.Instances {
+			s.w.change(id, func(n *model.Node) { n.CATaintSince = time.Time{} })
+		}
+	} else if accepted {
 		for _, id := range e.Instances {
 			if _, exists := s.w.nodes[id]; !exists {
 				s.nodeless[id] = true
@@ -701,6 +723,17 @@ func (s *sim) deleteNodes() {
 			s.t.Fatalf("deleting %v twice is not deleting once: %v, %+v", e.Instances, err, out)
 		}
 	}
+}
+
+// scaleDown: the plan lets go of everything and cluster-autoscaler obeys.
+func (s *sim) scaleDown() {
+	decision := rapid.SampledFrom([]model.Decision{model.DecisionPark, model.DecisionRelease}).Draw(s.t, "decision")
+	var e Decide
+	for _, id := range s.g.memberIDs() {
+		e.Verdicts = append(e.Verdicts, model.Verdict{Instance: id, Decision: decision})
+	}
+	s.observe(e)
+	s.deleteNodes()
 }
 
 func (s *sim) deleteNonsense() {
@@ -828,8 +861,8 @@ func (s *sim) converge() {
 		switch {
 		case !active(s.w.instances[id].State):
 			fail("the Node of %s is left over", id)
-		case n.Draining:
-			fail("the Node of %s is still tainted", id)
+		case n.Draining || !n.CATaintSince.IsZero():
+			fail("the Node of %s is still tainted: %+v", id, n)
 		}
 	}
 }

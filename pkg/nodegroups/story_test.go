@@ -54,7 +54,7 @@ func (s *story) printf(format string, args ...any) { fmt.Fprintf(&s.out, format,
 func (s *story) run(t *testing.T, d *datadriven.TestData) {
 	var ids []model.InstanceID // the arguments without a value
 	for _, a := range d.CmdArgs {
-		if len(a.Vals) == 0 {
+		if len(a.Vals) == 0 && a.Key != "unseen" {
 			ids = append(ids, model.InstanceID(a.Key))
 		}
 	}
@@ -107,6 +107,11 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 		s.step(Prescale{Want: number(), Prefer: prefer(), Reason: "queued-jobs"})
 	case "refresh":
 		s.step(Refresh{})
+	case "loops": // of cluster-autoscaler, ten seconds apart
+		for range number() {
+			s.world.now = s.world.now.Add(10 * time.Second)
+			s.step(Refresh{})
+		}
 	case "forget":
 		s.step(Forget{})
 	case "tick": // time passes, the owner calls Ready
@@ -210,6 +215,10 @@ func (s *story) cloud(t *testing.T, d *datadriven.TestData, args []model.Instanc
 				w.ready(id, false)
 			}
 		}
+	case "omits": // in this one reading
+		s.read(ids...)
+		s.settle()
+		return
 	case "capacity":
 		w.capacity = atoi(t, d, ids[0])
 		return
@@ -221,7 +230,9 @@ func (s *story) cloud(t *testing.T, d *datadriven.TestData, args []model.Instanc
 	default:
 		d.Fatalf(t, "cloud: unknown %q", args[0])
 	}
-	s.look()
+	if !d.HasArg("unseen") {
+		s.look()
+	}
 }
 
 func atoi(t *testing.T, d *datadriven.TestData, v model.InstanceID) int {
@@ -379,10 +390,13 @@ func (s *story) carryOut(e Effect) {
 	s.read()
 }
 
-// read has the cloud observed; look does so and goes on from there.
-func (s *story) read() {
+// read has the cloud observed, but for what the reading omits; look does so
+// and goes on from there.
+func (s *story) read(omitted ...model.InstanceID) {
 	s.world.now = s.world.now.Add(time.Millisecond)
-	s.apply(ObserveCloud{s.world.read()})
+	snapshot := s.world.read()
+	snapshot.Instances = slices.DeleteFunc(snapshot.Instances, func(i model.Instance) bool { return slices.Contains(omitted, i.ID) })
+	s.apply(ObserveCloud{snapshot})
 }
 
 func (s *story) look() {

@@ -32,7 +32,8 @@ type View struct {
 	Group    model.NodeGroup
 	Settings Settings
 	Target   int
-	// Starting: some instance is wanted or there that is not Ready yet.
+	// Starting: some instance is wanted or there that CA may not hold for Ready
+	// yet.
 	Starting bool
 	// Debug is one line for people: sizes by phase.
 	Debug string
