@@ -26,10 +26,10 @@ type fakeCluster struct {
 	cut     bool // the watch tells nothing while it is cut
 	// unlabelled: new nodes do not bear their group's label.
 	unlabelled bool
-	nodes   map[model.NodeName]model.Node
-	pods    map[string]*fakePod
-	uid     int
-	history []string // what happened to nodes, in order
+	nodes      map[model.NodeName]model.Node
+	pods       map[string]*fakePod
+	uid        int
+	history    []string // what happened to nodes, in order
 }
 
 type fakePod struct {

@@ -572,19 +572,19 @@ func TestHangingEffectBlocksNobody(t *testing.T) {
 // Calls to the API server that hang must not use up the room of the cloud's.
 func TestHangingClusterDoesNotBlockCloud(t *testing.T) {
 	big := group(runners, "max-idle", "1m")
-	big.Max = 100
+	big.Max = 200
 	experiment(t, []model.NodeGroup{big}, func(t *testing.T, l *lab) {
 		l.start()
-		for _, n := range l.fleet(50) { // every mark has to be written again
+		for _, n := range l.fleet(120) { // every mark has to be written again
 			l.cluster.edit(n.Name, func(n *model.Node) { n.Marks = model.Marks{} })
 		}
 		l.cluster.always(hangBefore)
 		time.Sleep(5 * time.Minute)
 		l.refresh()
 		l.must(l.increase(runners, 1))
-		l.within(10*time.Second, "launch beside a hanging API server", func() bool { return l.cloud.launches() == 51 })
-		if calls := l.cluster.count("mark"); calls > 50+50*6 {
-			t.Errorf("%d calls to mark 50 nodes in 5 min, while each hangs", calls)
+		l.within(10*time.Second, "launch beside a hanging API server", func() bool { return l.cloud.launches() == 121 })
+		if calls := l.cluster.count("mark"); calls > 120+120*6 {
+			t.Errorf("%d calls to mark 120 nodes in 5 min, while each hangs", calls)
 		}
 		l.cluster.heal()
 		l.within(3*time.Minute, "marks", func() bool { return len(l.unprotected()) > 0 })

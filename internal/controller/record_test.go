@@ -75,6 +75,35 @@ func TestRecordedBeforeAnswered(t *testing.T) {
 	}
 }
 
+// What is recorded is done, whether or not the life that recorded it had the
+// time to begin, and without being asked again.
+func TestRecordIsCarriedOutByTheNextLife(t *testing.T) {
+	for lived := time.Duration(0); lived < 3*time.Second; lived += 150 * time.Millisecond {
+		t.Run(lived.String(), func(t *testing.T) {
+			experiment(t, []model.NodeGroup{group(runners, "max-idle", "1m")}, func(t *testing.T, l *lab) {
+				l.start()
+				l.refresh()
+				l.must(l.increase(runners, 2))
+				time.Sleep(lived)
+				l.restart()
+				l.within(time.Minute, "two nodes", func() bool { return len(l.ready()) == 2 })
+				l.within(5*time.Minute, "release", func() bool { return len(l.unprotected()) == 1 })
+				n, _ := l.cluster.node(l.unprotected()[0])
+				l.within(time.Minute, "accepted removal", func() bool { l.refresh(); time.Sleep(10 * time.Second); return l.remove(runners, n) == nil })
+				time.Sleep(lived)
+				l.restart()
+				l.within(time.Minute, "end of the node", func() bool { return len(l.cluster.all()) == 1 && len(l.cloud.machines(runners)) == 1 })
+				if want := []string{"taint " + string(n.Name), "delete " + string(n.Name)}; !cmp.Equal(want, l.cluster.happened()) {
+					t.Errorf("what happened to nodes: %q, want %q", l.cluster.happened(), want)
+				}
+				if got := l.cloud.launches(); got != 2 {
+					t.Errorf("%d launches", got)
+				}
+			})
+		})
+	}
+}
+
 // A life that ends after its record may have been written, and before it
 // answered: asking again is answered from what was recorded.
 func TestKilledAfterAmbiguousRecord(t *testing.T) {
@@ -148,6 +177,7 @@ func TestLostAPIServer(t *testing.T) {
 				l.store.always(kind)
 				l.cluster.always(kind)
 				l.cluster.setCut(true)
+				l.ctl.SetGroups([]model.NodeGroup{groups[0], group("other", "min-warm", "5"), groups[2]}) // more is wanted
 				writes := l.store.count("save-group")
 				for began := time.Now(); time.Since(began) < 30*time.Second; time.Sleep(370 * time.Millisecond) {
 					asked := time.Now()
@@ -204,10 +234,17 @@ func TestSlowStore(t *testing.T) {
 			l.must(l.remove(model.GroupID(n.Labels[model.Prefix+"/node-group"]), n))
 		}
 		l.store.setLatency(1200 * time.Millisecond)
+		for i := range groups { // each launches a node, at once
+			groups[i] = group(groups[i].ID, "max-idle", "1m", "min-warm", "1")
+		}
+		l.ctl.SetGroups(groups)
 		for began := time.Now(); time.Since(began) < 30*time.Second; time.Sleep(90 * time.Millisecond) {
 			l.refresh()
 		}
-		l.within(2*time.Minute, "end of all drains", func() bool { return len(l.cluster.all()) == 0 })
+		l.within(3*time.Minute, "end of all drains, and the new nodes", func() bool {
+			nodes := l.ready()
+			return len(nodes) == len(groups) && nodes[0].Name == "n-013"
+		})
 	})
 }
 

@@ -128,7 +128,8 @@ func (w testWriter) Write(line []byte) (int, error) {
 	return len(line), nil
 }
 
-// dump logs the tails of all processes.
+// dump logs the tails of all processes, without the requests that change
+// nothing.
 func (g *ground) dump() {
 	logs, _ := filepath.Glob(filepath.Join(g.Cluster.LogDir(), "*.log"))
 	for _, path := range logs {
@@ -140,8 +141,11 @@ func (g *ground) dump() {
 		if err != nil {
 			continue
 		}
-		const most = 12000
-		g.t.Logf("--- %s\n%s", name, text[max(0, len(text)-most):])
+		lines := slices.DeleteFunc(strings.SplitAfter(string(text), "\n"), func(line string) bool {
+			return strings.Contains(line, "level=DEBUG msg=request")
+		})
+		const most = 200
+		g.t.Logf("--- %s\n%s", name, strings.Join(lines[max(0, len(lines)-most):], ""))
 	}
 }
 
