@@ -75,7 +75,7 @@ const (
 // whose machine does not run any more.
 func (c *fakeCluster) kubelets(now time.Time) {
 	running := map[model.InstanceID]bool{}
-	for group := range c.cloud.groups {
+	for _, group := range c.cloud.ids() {
 		for id, m := range c.cloud.machines(group) {
 			if m.State != model.InstanceRunning || m.deadBoot || now.Before(m.due.Add(registerAfter)) {
 				continue
@@ -83,6 +83,8 @@ func (c *fakeCluster) kubelets(now time.Time) {
 			running[id] = true
 			n, registered := c.nodes[m.node]
 			switch {
+			case registered && n.ID != id:
+				c.remove(m.node) // left by the machine that had the name before
 			case !registered:
 				c.uid++
 				n = model.Node{Name: m.node, UID: fmt.Sprintf("uid-%d", c.uid), ID: id, Created: now, ReadyChanged: now}

@@ -132,7 +132,9 @@ type fakeCloud struct {
 	stale    time.Duration
 	past     []pastState
 	launched int
-	lives    map[model.InstanceID]string // what became of each instance, for failures of tests
+	// name of a new machine's Node; by default one that was never used.
+	name  func(n int) model.NodeName
+	lives map[model.InstanceID]string // what became of each instance, for failures of tests
 }
 
 type fakeGroup struct {
@@ -162,6 +164,7 @@ func newFakeCloud(groups []model.NodeGroup) *fakeCloud {
 		boot: 20 * time.Second, resume: 5 * time.Second, stopping: 3 * time.Second, terminating: 3 * time.Second,
 		groups: map[model.GroupID]*fakeGroup{}, broken: map[model.GroupID]error{},
 		lives: map[model.InstanceID]string{},
+		name:  func(n int) model.NodeName { return model.NodeName(fmt.Sprintf("n-%03d", n)) },
 	}
 	c.latency = 200 * time.Millisecond
 	for _, g := range groups {
@@ -220,7 +223,7 @@ func (c *fakeCloud) step(now time.Time) {
 			mid := model.InstanceID(fmt.Sprintf("fake:///%s/i-%03d", id, c.launched))
 			g.machines[mid] = &machine{
 				Instance: model.Instance{ID: mid, State: model.InstancePending, LaunchedAt: now},
-				due:      now.Add(c.boot), node: model.NodeName(fmt.Sprintf("n-%03d", c.launched)),
+				due:      now.Add(c.boot), node: c.name(c.launched),
 			}
 			c.lives[mid] = "launched"
 		}
@@ -376,6 +379,12 @@ func (c *fakeCloud) tune(change func(*fakeCloud)) {
 	c.state.Lock()
 	defer c.state.Unlock()
 	change(c)
+}
+
+func (c *fakeCloud) ids() []model.GroupID {
+	c.state.Lock()
+	defer c.state.Unlock()
+	return slices.Sorted(maps.Keys(c.groups))
 }
 
 // machines returns copies of a group's machines, by id.

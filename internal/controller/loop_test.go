@@ -449,6 +449,24 @@ func TestSnapshotFailuresKeepServing(t *testing.T) {
 	})
 }
 
+// A group that cannot be read at the start holds up nobody, and joins the
+// others at the first Refresh after it could be.
+func TestBrokenGroupAtStart(t *testing.T) {
+	experiment(t, []model.NodeGroup{group(runners), group("other")}, func(t *testing.T, l *lab) {
+		l.cloud.tune(func(c *fakeCloud) { c.broken["other"] = errors.New("access denied") })
+		l.start()
+		l.refresh()
+		if l.view(runners) == nil || l.view("other") != nil {
+			t.Fatalf("views %+v and %+v, want the one that can be read alone", l.view(runners), l.view("other"))
+		}
+		l.must(l.increase(runners, 1))
+		l.within(time.Minute, "a node", func() bool { return len(l.ready()) == 1 })
+		l.cloud.tune(func(c *fakeCloud) { delete(c.broken, "other") })
+		l.within(time.Minute, "the other group", func() bool { l.refresh(); return l.view("other") != nil })
+		l.must(l.increase("other", 1))
+	})
+}
+
 // A cloud that leaves instances out of a list now and then loses none.
 func TestForgetfulSnapshots(t *testing.T) {
 	experiment(t, []model.NodeGroup{group(runners)}, func(t *testing.T, l *lab) {

@@ -177,7 +177,9 @@ func TestLostAPIServer(t *testing.T) {
 				l.store.always(kind)
 				l.cluster.always(kind)
 				l.cluster.setCut(true)
-				l.ctl.SetGroups([]model.NodeGroup{groups[0], group("other", "min-warm", "5"), groups[2]}) // more is wanted
+				more := group("other", "min-warm", "5")
+				more.Min = 5
+				l.ctl.SetGroups([]model.NodeGroup{groups[0], more, groups[2]})
 				writes := l.store.count("save-group")
 				for began := time.Now(); time.Since(began) < 30*time.Second; time.Sleep(370 * time.Millisecond) {
 					asked := time.Now()

@@ -179,3 +179,27 @@ func TestJobMetrics(t *testing.T) {
 		}
 	})
 }
+
+// Clouds use names again: another machine of the same name inherits nothing,
+// and its Node is not taken for that of the one before.
+func TestNameIsUsedAgain(t *testing.T) {
+	experiment(t, []model.NodeGroup{group(runners)}, func(t *testing.T, l *lab) {
+		l.cloud.name = func(int) model.NodeName { return "ip-10-0-0-1" }
+		l.start()
+		before := l.fleet(1)[0]
+		l.cluster.job("repo", 10*time.Second, before.Name)
+		l.cluster.deletePod(l.cluster.job("long", time.Hour, before.Name))
+		time.Sleep(time.Minute)
+		l.cloud.edit(runners, func(g *fakeGroup) { delete(g.machines, before.ID) }) // the cloud replaces it
+		l.within(time.Minute, "another Node of that name", func() bool {
+			nodes := l.ready()
+			return len(nodes) == 1 && nodes[0].ID != before.ID && nodes[0].Marks.Protected
+		})
+		after := l.ready()[0]
+		l.always(6*time.Minute, "the new Node", func() bool { n, ok := l.cluster.node(after.Name); return ok && n.UID == after.UID && n.Ready })
+		records := l.store.nodeRecords()
+		if r := records[after.ID]; len(records) != 1 || r.Phase != model.PhaseReady || len(r.Warmth) != 0 || r.Node != after.Name {
+			t.Errorf("records %+v", records)
+		}
+	})
+}

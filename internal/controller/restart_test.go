@@ -136,11 +136,14 @@ func scaleUpAndDown(l *lab, o ordeal) error {
 	for _, k := range o.kills {
 		time.Sleep(k.lived)
 		l.stop() // in the middle of whatever the autoscaler asks
+		begun := make(chan struct{})
 		lives <- func() {
 			_ = l.kill()
 			time.Sleep(k.down)
 			l.begin()
+			close(begun)
 		}
+		<-begun
 	}
 	var problem error
 	for end := time.Now().Add(40 * time.Minute); time.Now().Before(end); time.Sleep(time.Second) {
@@ -195,9 +198,9 @@ func survives(t *testing.T, o ordeal) (err error) {
 // A life that ends at any moment of a scale-up or a scale-down costs nothing:
 // no machine is leaked, none launched twice, every drain ends.
 func TestKilledAtEveryStep(t *testing.T) {
-	step := 250 * time.Millisecond
+	step := 550 * time.Millisecond
 	if testing.Short() {
-		step *= 8
+		step *= 4
 	}
 	for _, window := range []struct{ from, to time.Duration }{
 		{9 * time.Second, 14 * time.Second},    // the order is recorded and carried out

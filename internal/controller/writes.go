@@ -30,7 +30,11 @@ func (c *Controller) submit(ctx context.Context, group model.GroupID, do func(*o
 	if c.view.Load() == nil {
 		return errUnavailable(group, "not-synced", "not leading, or the first snapshot is not there yet")
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.RecordWithin)
+	within := c.cfg.RecordWithin
+	if group == "" {
+		within += time.Second // it records nothing, but may come just after a request whose record is not answered
+	}
+	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
 	cmd := &command{ctx: ctx, group: group, do: do, reply: make(chan error, 1)}
 	select {

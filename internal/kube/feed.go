@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"math"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
@@ -13,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -53,6 +56,11 @@ type FeedConfig struct {
 	KeysFor func(model.GroupID) []string
 	Logger  *slog.Logger
 }
+
+// retryMost bounds the pause before a watch is tried again, jitter apart.
+// client-go's own bound of 30 s leaves Hearth blind for up to a minute after
+// the API server is back.
+const retryMost = 5 * time.Second
 
 // Feed watches the cluster and tells a Sink. It keeps only what matters of
 // each object. After a broken connection it tells the difference.
@@ -168,7 +176,9 @@ func (f *Feed) follow(ctx context.Context, kind client.Object, list client.Objec
 	}
 	reflector := cache.NewReflectorWithOptions(
 		cache.ToListWatcherWithWatchListSemantics(lw, f.cfg.Client), kind, store,
-		cache.ReflectorOptions{Name: "feed"},
+		cache.ReflectorOptions{Name: "feed", Backoff: &wait.Backoff{
+			Duration: 500 * time.Millisecond, Factor: 2, Cap: retryMost, Steps: math.MaxInt32, Jitter: 0.5,
+		}},
 	)
 	reflector.RunWithContext(logr.NewContext(ctx, logr.FromSlogHandler(f.cfg.Logger.Handler())))
 }

@@ -38,6 +38,10 @@ func TestNodeFrom(t *testing.T) {
 				{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastTransitionTime: changed},
 			}
 		}, func(n *model.Node) { n.Ready, n.ReadyChanged = true, changed.Time }},
+		{"ready, not yet open to pods", func(n *corev1.Node) {
+			n.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue, LastTransitionTime: changed}}
+			n.Spec.Taints = []corev1.Taint{{Key: corev1.TaintNodeNotReady, Effect: corev1.TaintEffectNoSchedule}}
+		}, func(n *model.Node) { n.ReadyChanged = changed.Time }},
 		{"silent", func(n *corev1.Node) {
 			n.Status.Conditions = []corev1.NodeCondition{{
 				Type: corev1.NodeReady, Status: corev1.ConditionUnknown, Reason: "NodeStatusUnknown", LastTransitionTime: changed,

@@ -53,7 +53,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		TargetSize:  gauges("hearth_nodegroup_target_size", "Target size of the node group as told to cluster-autoscaler.", "nodegroup"),
 		HiddenNodes: gauges("hearth_nodegroup_hidden_nodes", "Nodes launched ahead of demand that cluster-autoscaler is not told of yet.", "nodegroup"),
 
-		Jobs: counters("hearth_jobs_total", "Finished CI jobs by whether their node's cache was warm or cold for them.", "nodegroup", "temperature"),
+		Jobs: counters("hearth_jobs_total", "CI jobs that started, by whether their node's cache was warm or cold for them.", "nodegroup", "temperature"),
 		JobWait: histograms("hearth_job_wait_seconds", "Time from a CI job's pod being created to its start.",
 			[]float64{1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800}, "nodegroup"),
 

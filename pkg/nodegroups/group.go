@@ -206,14 +206,24 @@ func (g *Group) Node(id model.InstanceID) model.Node { return g.nodes[id] }
 // Has says whether the instance exists as far as is known.
 func (g *Group) Has(id model.InstanceID) bool { return g.members[id] != nil }
 
+// HasParked says whether any instance is parked or parking.
+func (g *Group) HasParked() bool {
+	for _, i := range g.record.Intents {
+		if i.Desired == model.DesiredParked {
+			return true
+		}
+	}
+	return false
+}
+
 // Settled says whether nothing is under way: every instance is Ready or
-// parked, and none is wanted that does not exist.
+// parked and was in the last snapshot, and none is wanted that does not exist.
 func (g *Group) Settled() bool {
 	if revealed, hidden := g.Unborn(); revealed+hidden > 0 {
 		return false
 	}
 	for id, m := range g.members {
-		if p := g.phase(id, m); p != model.PhaseReady && p != model.PhaseParked {
+		if p := g.phase(id, m); p != model.PhaseReady && p != model.PhaseParked || m.missing > 0 {
 			return false
 		}
 	}

@@ -325,7 +325,7 @@ func (s *story) commit(next *Group, out Outcome) {
 
 // settle carries out what is due until nothing is.
 func (s *story) settle() {
-	for {
+	for range 30 {
 		next := s.group.Clone()
 		out, effects := next.Ready(s.world.now)
 		s.commit(next, out)
@@ -336,6 +336,7 @@ func (s *story) settle() {
 			s.carryOut(e)
 		}
 	}
+	s.printf("and so on, for ever\n")
 }
 
 func (s *story) carryOut(e Effect) {

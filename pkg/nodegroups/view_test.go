@@ -88,6 +88,32 @@ func TestFleetViewWith(t *testing.T) {
 	}
 }
 
+// TestIncreaseListsEveryInstanceOnce: nodes that are absorbed take their places
+// among those that are listed.
+func TestIncreaseListsEveryInstanceOnce(t *testing.T) {
+	g, now := settledGroup(t, 40)
+	for i, id := range g.memberIDs() {
+		if i%2 == 0 { // not Ready after all, and hidden
+			n := g.nodes[id]
+			n.Ready = false
+			g.nodes[id] = n
+			g.members[id].wasReady = false
+		}
+	}
+	for _, e := range []Event{Forget{}, IncreaseSize{Delta: 15}} {
+		if _, err := g.Step(e, now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	v := g.View()
+	if v.Target != 35 || len(v.Instances) != 35 || !slices.IsSortedFunc(v.Instances, byInstance) {
+		t.Errorf("the view lists %d of %d: %+v", len(v.Instances), v.Target, v.Instances)
+	}
+	if distinct := slices.CompactFunc(slices.Clone(v.Instances), func(a, b InstanceView) bool { return a.ID == b.ID }); len(distinct) != 35 {
+		t.Errorf("the view lists only %d different instances", len(distinct))
+	}
+}
+
 func TestForInstanceDoesNotAllocate(t *testing.T) {
 	f := fleetOf(10, 50)
 	ids := []model.InstanceID{"aws:///zone/i-3-7", "aws:///zone/i-9-49", "unknown", ""}

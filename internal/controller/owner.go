@@ -1,0 +1,552 @@
+package controller
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
+)
+
+// owner is the state of the one goroutine that owns the fleet.
+type owner struct {
+	*Controller
+	ctx  context.Context //nolint:containedctx // the owner lives exactly as long as Run
+	stop context.CancelCauseFunc
+	work *sync.WaitGroup
+
+	fleet       map[model.GroupID]*nodegroups.Group
+	declared    map[model.GroupID]model.NodeGroup
+	annotations map[model.GroupID]map[string]string // of the RunnerNodeGroup objects
+	problems    map[model.GroupID][]nodegroups.AnnotationError
+	cloudErrors map[model.GroupID]string
+	registered  map[model.InstanceID]model.Node // Node objects that have a providerID
+	names       map[model.NodeName]model.InstanceID
+	groupOf     map[model.InstanceID]model.GroupID
+	dirty       map[model.GroupID]bool
+	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
+	history     *history
+	marking     map[model.InstanceID]marking
+	reported    map[model.GroupID]map[model.InstanceID]report
+	summaries   map[model.GroupID]model.GroupSummary
+	// clouds and clusters bound the calls under way, apart from each other: an
+	// API server that hangs must not hold up the cloud.
+	clouds, clusters chan struct{}
+	// recordAfter is when records are written again, but for an RPC: that of
+	// one group, after the store refused it, or under the empty id those of
+	// all, after it did not answer.
+	recordAfter map[model.GroupID]time.Time
+	started     bool
+	readAt      time.Time // of the newest good reading of the cloud
+	planned     time.Time
+}
+
+// newOwner returns an owner that knows nothing yet.
+func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc, work *sync.WaitGroup) *owner {
+	return &owner{
+		Controller: c, ctx: ctx, stop: stop, work: work,
+		fleet:       map[model.GroupID]*nodegroups.Group{},
+		declared:    map[model.GroupID]model.NodeGroup{},
+		annotations: map[model.GroupID]map[string]string{},
+		problems:    map[model.GroupID][]nodegroups.AnnotationError{},
+		registered:  map[model.InstanceID]model.Node{},
+		names:       map[model.NodeName]model.InstanceID{},
+		unsettled:   map[model.GroupID]bool{},
+		groupOf:     map[model.InstanceID]model.GroupID{},
+		dirty:       map[model.GroupID]bool{},
+		history:     newHistory(),
+		marking:     map[model.InstanceID]marking{},
+		reported:    map[model.GroupID]map[model.InstanceID]report{},
+		summaries:   map[model.GroupID]model.GroupSummary{},
+		cloudErrors: map[model.GroupID]string{},
+		recordAfter: map[model.GroupID]time.Time{},
+		clouds:      make(chan struct{}, 32),
+		clusters:    make(chan struct{}, 32),
+	}
+}
+
+// begin builds the fleet from the declaration and from what an earlier life
+// recorded; false when that cannot be read.
+func (o *owner) begin(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	records, annotations, nodes, err := o.cfg.Store.Load(ctx)
+	if err != nil {
+		o.log.Error("reading what an earlier life recorded failed; trying again", "err", err)
+		return false
+	}
+	for _, r := range nodes {
+		o.history.restore(r)
+		o.groupOf[r.ID] = r.Group
+		if o.reported[r.Group] == nil {
+			o.reported[r.Group] = map[model.InstanceID]report{}
+		}
+		o.reported[r.Group][r.ID] = report{record: r}
+	}
+	// Annotations must be known before the groups are, so that the first view
+	// is already the right one.
+	changedNodes, pods, newer := o.cfg.World.take()
+	maps.Copy(o.annotations, annotations)
+	maps.Copy(o.annotations, newer)
+	for _, spec := range o.cfg.Groups {
+		o.declare(spec, records[spec.ID])
+	}
+	o.observe(changedNodes, pods, nil)
+	return true
+}
+
+// declare adds a group or changes its declaration.
+func (o *owner) declare(spec model.NodeGroup, record nodegroups.Record) {
+	o.declared[spec.ID] = spec
+	settings, problems := nodegroups.ParseSettings(spec, nodegroups.Merge(o.annotations[spec.ID], spec.Annotations))
+	o.sayProblems(spec.ID, problems)
+	if g := o.fleet[spec.ID]; g != nil {
+		o.apply(g, nodegroups.Configure{Group: spec, Settings: settings})
+		o.planned = time.Time{} // what is kept may be another now
+		return
+	}
+	o.fleet[spec.ID] = nodegroups.NewGroup(spec, settings, record)
+	for id := range record.Intents {
+		o.groupOf[id] = spec.ID
+	}
+	for id := range o.registered {
+		if o.groupOf[id] == spec.ID {
+			o.handOver(o.fleet[spec.ID], id)
+		}
+	}
+	o.dirty[spec.ID] = true
+}
+
+// sayProblems reports annotations that could not be used, each once.
+func (o *owner) sayProblems(group model.GroupID, problems []nodegroups.AnnotationError) {
+	for _, p := range problems {
+		if !slices.Contains(o.problems[group], p) {
+			o.log.Warn("annotation cannot be used", "nodegroup", group, "err", p)
+			o.cfg.Events.Group(group, model.SeverityWarning, "InvalidAnnotation", p.Error())
+		}
+	}
+	o.problems[group] = problems
+	o.cfg.Metrics.AnnotationErrors.WithLabelValues(string(group)).Set(float64(len(problems)))
+}
+
+func (o *owner) loop() {
+	tick := time.NewTicker(o.cfg.Tick)
+	defer tick.Stop()
+	for {
+		select {
+		case <-o.ctx.Done():
+			return
+		case cmd := <-o.commands:
+			o.command(cmd)
+		case <-o.cfg.World.wake:
+			o.observe(o.cfg.World.take())
+		case r := <-o.results:
+			o.finished(r)
+		case id := <-o.marked:
+			o.markingEnded(id)
+		case r := <-o.readings:
+			o.read(r)
+		case groups := <-o.groups:
+			o.redeclare(groups)
+		case <-tick.C:
+			for id := range o.unsettled {
+				o.dirty[id] = true
+			}
+			if o.started {
+				o.cfg.Metrics.SnapshotAge.Set(time.Since(o.readAt).Seconds())
+			}
+			if o.started && time.Since(o.planned) >= o.cfg.PlanEvery {
+				o.plan()
+			}
+		}
+		o.advance()
+	}
+}
+
+// redeclare takes a new config file. Groups that are no longer declared are
+// left as they are, to whoever manages them now.
+func (o *owner) redeclare(groups []model.NodeGroup) {
+	kept := map[model.GroupID]bool{}
+	for _, spec := range groups {
+		kept[spec.ID] = true
+		o.declare(spec, nodegroups.Record{})
+	}
+	for id := range o.fleet {
+		if !kept[id] {
+			o.log.Info("node group is no longer declared; its nodes are left as they are", "nodegroup", id)
+			delete(o.fleet, id)
+			delete(o.declared, id)
+			delete(o.dirty, id)
+			delete(o.unsettled, id)
+			delete(o.reported, id)
+			delete(o.summaries, id)
+			delete(o.recordAfter, id)
+			o.cfg.Metrics.ForgetGroup(string(id))
+		}
+	}
+	o.pollNow()
+}
+
+// observe takes in what the watches saw.
+func (o *owner) observe(nodes []nodeChange, pods []podChange, annotations map[model.GroupID]map[string]string) {
+	now := time.Now()
+	for group, a := range annotations {
+		o.annotations[group] = a
+		if spec, ok := o.declared[group]; ok {
+			o.declare(spec, nodegroups.Record{})
+		}
+	}
+	for _, n := range nodes {
+		o.observeNode(n)
+	}
+	for _, p := range pods {
+		if p.pod.Kind != model.PodRunner {
+			continue
+		}
+		o.seePod(p, now)
+		o.observeBusy(p.pod.Node)
+	}
+}
+
+func (o *owner) seePod(c podChange, now time.Time) {
+	p := c.pod
+	instance := o.names[p.Node]
+	see := o.history.see
+	if c.gone {
+		see = o.history.gone
+	}
+	started := see(p, instance, now)
+	group := o.groupOf[instance]
+	if started == nil || group == "" {
+		return
+	}
+	temperature := "cold"
+	if started.warm {
+		temperature = "warm"
+	}
+	o.cfg.Metrics.Jobs.WithLabelValues(string(group), temperature).Inc()
+	o.cfg.Metrics.JobWait.WithLabelValues(string(group)).Observe(max(started.wait, 0).Seconds())
+	o.log.Info("CI job started", "nodegroup", group, "node", p.Node, "key", p.Key, "temperature", temperature, "waited", started.wait)
+}
+
+func (o *owner) observeNode(c nodeChange) {
+	name, id := c.node.Name, c.node.ID
+	if before, known := o.names[name]; known && (c.gone || before != id) {
+		// Deleted, or the name was given to another instance.
+		delete(o.names, name)
+		delete(o.registered, before)
+		delete(o.history.idleSince, name)
+		o.applyTo(before, nodegroups.ObserveNodeGone{Instance: before})
+		o.applyTo(before, nodegroups.ObserveBusy{Instance: before}) // its jobs went with it
+		o.release(before)
+	}
+	if c.gone || id == "" {
+		return
+	}
+	o.names[name], o.registered[id] = id, c.node
+	if group := model.GroupID(c.node.Labels[model.Prefix+"/node-group"]); group != "" && o.groupOf[id] == "" {
+		o.groupOf[id] = group
+	}
+	o.applyTo(id, nodegroups.ObserveNode{Node: c.node})
+	o.observeBusy(name)
+}
+
+// release forgets whose an instance was, once neither it nor its Node exists.
+func (o *owner) release(id model.InstanceID) {
+	if _, registered := o.registered[id]; registered {
+		return
+	}
+	if g := o.fleet[o.groupOf[id]]; g == nil || !g.Has(id) {
+		delete(o.groupOf, id)
+		o.history.forget(id)
+	}
+}
+
+// observeBusy tells the fleet whether runner pods are on a node.
+func (o *owner) observeBusy(name model.NodeName) {
+	id, ok := o.names[name]
+	if !ok {
+		delete(o.history.idleSince, name)
+		return
+	}
+	o.applyTo(id, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(name)})
+}
+
+// applyTo applies an observation to the group of an instance, if it is ours.
+func (o *owner) applyTo(id model.InstanceID, event nodegroups.Event) {
+	if g := o.fleet[o.groupOf[id]]; g != nil {
+		o.apply(g, event)
+	}
+}
+
+// apply applies an event that neither commits before an answer nor is refused:
+// an observation, a decision or the end of an effect.
+func (o *owner) apply(g *nodegroups.Group, event nodegroups.Event) {
+	out, err := g.Step(event, time.Now())
+	if err != nil {
+		o.log.Error("event refused", "nodegroup", g.Spec().ID, "event", fmt.Sprintf("%T", event), "err", err)
+		return
+	}
+	o.committed(g, out)
+	o.dirty[g.Spec().ID] = true
+}
+
+// committed passes on what a step came to.
+func (o *owner) committed(g *nodegroups.Group, out nodegroups.Outcome) {
+	if out.Commit == nodegroups.CommitSoon {
+		o.records.later(g.Spec().ID, g.Record(), o.summary(g))
+	}
+	o.say(g, out.Notes)
+}
+
+// read takes in one reading of the cloud.
+func (o *owner) read(r reading) {
+	if r.err != nil {
+		o.log.Error("reading the cloud failed; the last snapshot goes on serving", "err", r.err)
+		return
+	}
+	for id, err := range r.snapshot.Errors {
+		if o.cloudErrors[id] != err.Error() {
+			o.log.Error("reading a node group failed; its last snapshot goes on serving", "nodegroup", id, "err", err)
+			o.cloudErrors[id] = err.Error()
+		}
+	}
+	for id, s := range r.snapshot.Groups {
+		g := o.fleet[id]
+		if g == nil {
+			continue
+		}
+		delete(o.cloudErrors, id)
+		s.TakenAt = r.at
+		for _, i := range s.Instances {
+			if o.groupOf[i.ID] != id {
+				o.groupOf[i.ID] = id
+				o.handOver(g, i.ID)
+			}
+		}
+		o.apply(g, nodegroups.ObserveCloud{Snapshot: s})
+	}
+	o.readAt = r.at
+	o.start()
+}
+
+// handOver tells a group what was observed of an instance before it was known
+// to be the group's.
+func (o *owner) handOver(g *nodegroups.Group, id model.InstanceID) {
+	if node, ok := o.registered[id]; ok {
+		o.apply(g, nodegroups.ObserveNode{Node: node})
+		o.apply(g, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(node.Name)})
+	}
+}
+
+// start publishes the first view, once every group that can be read has been.
+func (o *owner) start() {
+	if o.started {
+		return
+	}
+	for id, g := range o.fleet {
+		// One that cannot be read must not hold up the others: it joins them
+		// at the first Refresh after it could be.
+		if !g.Synced() && o.cloudErrors[id] == "" {
+			o.log.Warn("waiting for the first snapshot of a node group", "nodegroup", id)
+			return
+		}
+	}
+	o.started = true
+	o.plan()
+	o.publish()
+	o.log.Info("serving", "nodegroups", len(o.fleet))
+	o.cfg.OnSynced()
+}
+
+// publish makes every group's view the one that is read.
+func (o *owner) publish() {
+	views := make([]*nodegroups.View, 0, len(o.fleet))
+	for _, g := range o.fleet {
+		if v := g.View(); v != nil {
+			views = append(views, v)
+		}
+	}
+	o.view.Store(nodegroups.NewFleetView(views))
+	o.publishSpare()
+}
+
+// advance lets every group that may have something to do go on.
+func (o *owner) advance() {
+	if !o.started {
+		return
+	}
+	for _, id := range slices.Sorted(maps.Keys(o.dirty)) {
+		o.serveWaiting()
+		now := time.Now()
+		g := o.fleet[id]
+		if g == nil || !g.Synced() {
+			delete(o.dirty, id)
+			continue
+		}
+		next := g.Clone()
+		out, effects := next.Ready(now)
+		if out.Commit == nodegroups.CommitFirst {
+			if !o.mayRecord(id, now) {
+				continue // stays dirty
+			}
+			if err := o.recordUnasked(next); err != nil {
+				o.log.Error("recording failed; trying again", "nodegroup", id, "err", err)
+				continue
+			}
+		}
+		delete(o.dirty, id)
+		o.fleet[id] = next
+		o.committed(next, out)
+		for _, e := range effects {
+			o.perform(e)
+		}
+		o.mark(next, now)
+		o.reportNodes(next, now)
+		if next.Settled() {
+			delete(o.unsettled, id)
+		} else {
+			o.unsettled[id] = true
+		}
+	}
+	o.fast.Store(len(o.unsettled) > 0)
+}
+
+// serveWaiting carries out the request that waits, if one does: between two
+// groups, so that a slow store holds up each record and not all that follow.
+func (o *owner) serveWaiting() {
+	select {
+	case cmd := <-o.commands:
+		o.command(cmd)
+	default:
+	}
+}
+
+// record writes a group's record before anything rests on it. When that fails
+// the state in memory stays in force, and is written later: what failed may
+// have been written all the same.
+func (o *owner) record(ctx context.Context, g *nodegroups.Group) error {
+	id := g.Spec().ID
+	err := o.records.now(ctx, id, g.Record(), o.summary(g))
+	switch {
+	case errors.Is(err, model.ErrSuperseded):
+		o.stop(err)
+	case err != nil:
+		scope := id
+		if ctx.Err() != nil {
+			scope = "" // each try would hold up all groups
+		}
+		o.recordAfter[scope] = time.Now().Add(o.cfg.RecordWithin)
+		before := o.fleet[id]
+		o.records.later(id, before.Record(), o.summary(before))
+	}
+	return err
+}
+
+// mayRecord says whether a group's record is worth a try.
+func (o *owner) mayRecord(id model.GroupID, now time.Time) bool {
+	return !now.Before(o.recordAfter[""]) && !now.Before(o.recordAfter[id])
+}
+
+// recordUnasked is record when no request waits for it. It takes half of the
+// time at most, so that a request which comes meanwhile has the other half.
+func (o *owner) recordUnasked(g *nodegroups.Group) error {
+	ctx, cancel := context.WithTimeout(o.ctx, o.cfg.RecordWithin/2)
+	defer cancel()
+	return o.record(ctx, g)
+}
+
+// result is the end of an effect.
+type result struct {
+	effect nodegroups.Effect
+	err    error
+	at     time.Time
+	idle   bool // Confirm
+}
+
+// beside makes a call beside the loop, once there is a place for it.
+func (o *owner) beside(places chan struct{}, call func(ctx context.Context)) {
+	o.work.Go(func() {
+		select {
+		case places <- struct{}{}:
+			defer func() { <-places }()
+		case <-o.ctx.Done():
+			return
+		}
+		ctx, cancel := context.WithTimeout(o.ctx, time.Minute)
+		defer cancel()
+		call(ctx)
+	})
+}
+
+// perform carries out an effect beside the loop.
+func (o *owner) perform(e nodegroups.Effect) {
+	places := o.clusters
+	if e.Verb.Cloud() {
+		places = o.clouds
+	}
+	o.beside(places, func(ctx context.Context) {
+		idle, err := o.act(ctx, e)
+		select {
+		case o.results <- result{e, err, time.Now(), idle}:
+		case <-o.ctx.Done():
+		}
+	})
+}
+
+// act calls the port that an effect belongs to.
+func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (idle bool, err error) {
+	began := time.Now()
+	switch e.Verb {
+	case nodegroups.Resize:
+		err = c.cfg.Backend.Resize(ctx, e.Group, e.Desired)
+	case nodegroups.Terminate:
+		err = c.cfg.Backend.Terminate(ctx, e.Group, e.Instances)
+	case nodegroups.Stop:
+		err = c.cfg.Backend.Stop(ctx, e.Group, e.Instances)
+	case nodegroups.Start:
+		err = c.cfg.Backend.Start(ctx, e.Group, e.Instances)
+	case nodegroups.Taint:
+		err = c.cfg.Nodes.Taint(ctx, e.Node.Name, e.Node.UID)
+	case nodegroups.Untaint:
+		err = c.cfg.Nodes.Untaint(ctx, e.Node.Name, e.Node.UID)
+	case nodegroups.ClearAutoscalerTaint:
+		err = c.cfg.Nodes.ClearCATaint(ctx, e.Node.Name, e.Node.UID)
+	case nodegroups.DeleteNode:
+		err = c.cfg.Nodes.Delete(ctx, e.Node.Name, e.Node.UID)
+	case nodegroups.Confirm:
+		var pods []model.Pod
+		pods, err = c.cfg.Pods.RunnerPods(ctx, e.Node.Name)
+		idle = err == nil && len(pods) == 0
+	default:
+		err = fmt.Errorf("unknown effect %q", e.Verb)
+	}
+	if e.Verb.Cloud() {
+		c.observeCall(string(e.Verb), began, err)
+	}
+	return idle, err
+}
+
+// finished takes in the end of an effect.
+func (o *owner) finished(r result) {
+	g := o.fleet[r.effect.Group]
+	if g == nil {
+		return
+	}
+	if r.err != nil {
+		o.log.Error("acting failed; it will be tried again", "nodegroup", r.effect.Group, "action", r.effect.Verb,
+			"node", r.effect.Node.Name, "instances", len(r.effect.Instances), "err", r.err)
+	}
+	o.apply(g, nodegroups.Done{Effect: r.effect, Err: r.err, At: r.at})
+	if r.effect.Verb == nodegroups.Confirm && r.err == nil {
+		o.apply(g, nodegroups.Confirmed{Instance: r.effect.Node.ID, Idle: r.idle})
+	}
+	if r.effect.Verb.Cloud() {
+		o.pollNow()
+	}
+}
