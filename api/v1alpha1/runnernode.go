@@ -18,6 +18,7 @@ import (
 // +kubebuilder:printcolumn:name="Cache",type=string,JSONPath=`.status.cacheBytes`
 // +kubebuilder:printcolumn:name="Clients",type=integer,JSONPath=`.status.connectedClients`
 // +kubebuilder:printcolumn:name="Decision",type=string,JSONPath=`.status.decision`
+// +kubebuilder:printcolumn:name="Reason",type=string,JSONPath=`.status.reason`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 type RunnerNode struct {
 	metav1.TypeMeta   `json:",inline"`

@@ -15,7 +15,7 @@ func checkCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.Load(path)
 			if err != nil {
-				return err
+				return usageError{err}
 			}
 			out := cmd.OutOrStdout()
 			for _, w := range cfg.Warnings() {

@@ -15,8 +15,6 @@ import (
 	_ "time/tzdata" // schedules name time zones, and a minimal image has none
 
 	"github.com/spf13/cobra"
-
-	"github.com/hearth-ci/hearth/internal/config"
 )
 
 // version is set when the binary is built.
@@ -74,7 +72,7 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	}
 	fmt.Fprintln(errOut, "hearth:", err)
 	var usage usageError
-	if !began || errors.As(err, &usage) || config.IsInvalid(err) {
+	if !began || errors.As(err, &usage) {
 		return exitUsage
 	}
 	return exitFailed

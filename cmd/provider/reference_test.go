@@ -166,7 +166,7 @@ func TestExitCodes(t *testing.T) {
 		{"no config", []string{"check"}, 2, `required flag(s) "config" not set`},
 		{"too many arguments", []string{"version", "x"}, 2, "unknown command"},
 		{"bad config", []string{"serve", "--config", bad}, 2, bad + ":3: server.adress"},
-		{"no such file", []string{"check", "--config", bad + "x"}, 1, "no such file"},
+		{"no such file", []string{"check", "--config", bad + "x"}, 2, "no such file"},
 		{"bad log level", []string{"serve", "--config", "testdata/good.yaml", "--log-level", "loud"}, 2, "debug, info, warn or error"},
 		{"good config", []string{"check", "--config", "testdata/good.yaml"}, 0, ""},
 		{"annotation that cannot be used", []string{"check", "--config", "testdata/annotation.yaml"}, 1, "1 annotations cannot be used"},

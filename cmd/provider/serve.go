@@ -44,7 +44,7 @@ func serveCommand() *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.Load(path)
 			if err != nil {
-				return err
+				return usageError{err}
 			}
 			logger, err := telemetry.New(cmd.ErrOrStderr(), logFormat, logLevel)
 			if err != nil {
@@ -102,7 +102,7 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 	var err error
 	// An empty path means the service account that a pod runs under.
 	if p.rest, err = clientcmd.BuildConfigFromFlags("", cfg.Kubernetes.Kubeconfig); err != nil {
-		return nil, fmt.Errorf("kubernetes.kubeconfig: %w", err)
+		return nil, usageError{fmt.Errorf("kubernetes.kubeconfig: %w", err)}
 	}
 	p.rest.QPS, p.rest.Burst, p.rest.UserAgent = 100, 200, "hearth/"+version
 	client, err := kube.NewClient(p.rest)
@@ -160,7 +160,7 @@ func (p *provider) listen() error {
 		TLS:    server.TLS(p.cfg.Server.TLS),
 		Logger: p.log, Registerer: p.registry,
 	}); err != nil {
-		return err
+		return usageError{fmt.Errorf("server: %w", err)}
 	}
 	p.http, err = telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
@@ -285,6 +285,9 @@ func (p *provider) lead(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.backend.Run(ctx) })
 	group.Go(func() error { return p.controller.Run(ctx) })
+	if p.cfg.Kubernetes.Kubeconfig == "" && os.Getenv("POD_NAME") == "" {
+		p.log.Warn("POD_NAME and POD_NAMESPACE are not set: the leader's pod gets no label for the Services to select")
+	}
 	if pod, namespace := os.Getenv("POD_NAME"), os.Getenv("POD_NAMESPACE"); pod != "" && namespace != "" {
 		group.Go(func() error { p.labelPod(ctx, namespace, pod); return nil })
 	}

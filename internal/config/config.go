@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -213,7 +214,9 @@ func Parse(data []byte, name string) (*Config, error) {
 		Kubernetes: Kubernetes{},
 		LeaderElection: LeaderElection{
 			Enabled: true, Namespace: "hearth",
-			LeaseDuration: 15 * time.Second, RenewDeadline: 10 * time.Second, RetryPeriod: 2 * time.Second,
+			// Long enough to lead on, and answer from memory, while the API
+			// server is away for half a minute.
+			LeaseDuration: 60 * time.Second, RenewDeadline: 45 * time.Second, RetryPeriod: 5 * time.Second,
 		},
 		Engines: Engines{PodSelector: "app.kubernetes.io/name=dagger-helm", MetricsPort: 9090},
 	}
@@ -223,9 +226,17 @@ func Parse(data []byte, name string) (*Config, error) {
 	if err := d.invalid(); err != nil {
 		return nil, err
 	}
+	if host, _, _ := net.SplitHostPort(c.Server.Address); !c.Server.TLS.Enabled() && !loopback(host) {
+		d.warn("server.tls", "is not set: whoever reaches server.address can launch and delete nodes")
+	}
 	c.source, c.lines, c.warnings = bytes.Clone(data), d.lines, d.warnings
 	c.problems = annotationProblems(c, name)
 	return c, nil
+}
+
+func loopback(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 // annotationProblems reports annotations that the groups have to do without.

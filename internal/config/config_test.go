@@ -137,9 +137,9 @@ hearth.yaml:8: engines.metricsPort: needs a restart to change from 9090 to 1`},
 		{"addresses", valid + "server:\n  address: ':1'\n  expanderAddress: ':2'\nhttp: {address: ':3'}\n", `hearth.yaml:9: server.address: needs a restart to change from ":8086" to ":1"
 hearth.yaml:10: server.expanderAddress: needs a restart to change from ":8088" to ":2"
 hearth.yaml:11: http.address: needs a restart to change from ":8087" to ":3"`},
-		{"the rest", valid + "kubernetes: {kubeconfig: /k}\nleaderElection: {enabled: false, leaseDuration: 20s}\n", `hearth.yaml:8: kubernetes.kubeconfig: needs a restart to change from "" to "/k"
+		{"the rest", valid + "kubernetes: {kubeconfig: /k}\nleaderElection: {enabled: false, leaseDuration: 90s}\n", `hearth.yaml:8: kubernetes.kubeconfig: needs a restart to change from "" to "/k"
 hearth.yaml:9: leaderElection.enabled: needs a restart to change from true to false
-hearth.yaml:9: leaderElection.leaseDuration: needs a restart to change from 15s to 20s`},
+hearth.yaml:9: leaderElection.leaseDuration: needs a restart to change from 1m0s to 1m30s`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			got := ""

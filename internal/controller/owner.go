@@ -22,6 +22,8 @@ type owner struct {
 
 	fleet       map[model.GroupID]*nodegroups.Group
 	declared    map[model.GroupID]model.NodeGroup
+	releasedAt  map[model.InstanceID]time.Time      // since when the plan lets a node go
+	promised    map[model.GroupID]nodegroups.Record // of groups that are not declared now
 	annotations map[model.GroupID]map[string]string // of the RunnerNodeGroup objects
 	problems    map[model.GroupID][]nodegroups.AnnotationError
 	cloudErrors map[model.GroupID]string
@@ -52,6 +54,7 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		Controller: c, ctx: ctx, stop: stop, work: work,
 		fleet:       map[model.GroupID]*nodegroups.Group{},
 		declared:    map[model.GroupID]model.NodeGroup{},
+		releasedAt:  map[model.InstanceID]time.Time{},
 		annotations: map[model.GroupID]map[string]string{},
 		problems:    map[model.GroupID][]nodegroups.AnnotationError{},
 		registered:  map[model.InstanceID]model.Node{},
@@ -93,23 +96,34 @@ func (o *owner) begin(ctx context.Context) bool {
 	changedNodes, pods, newer := o.cfg.World.take()
 	maps.Copy(o.annotations, annotations)
 	maps.Copy(o.annotations, newer)
-	for _, spec := range o.cfg.Groups {
-		o.declare(spec, records[spec.ID])
+	specs := o.cfg.Groups
+	select {
+	case specs = <-o.groups: // the file was reloaded while another replica led
+	default:
+	}
+	o.promised = records
+	for _, spec := range specs {
+		o.declare(spec)
+	}
+	for _, r := range nodes {
+		o.applyTo(r.ID, nodegroups.Known{Instance: r.ID})
 	}
 	o.observe(changedNodes, pods, nil)
 	return true
 }
 
 // declare adds a group or changes its declaration.
-func (o *owner) declare(spec model.NodeGroup, record nodegroups.Record) {
+func (o *owner) declare(spec model.NodeGroup) {
 	o.declared[spec.ID] = spec
-	settings, problems := nodegroups.ParseSettings(spec, nodegroups.Merge(o.annotations[spec.ID], spec.Annotations))
+	settings, problems := nodegroups.Interpret(spec, o.annotations[spec.ID])
 	o.sayProblems(spec.ID, problems)
 	if g := o.fleet[spec.ID]; g != nil {
 		o.apply(g, nodegroups.Configure{Group: spec, Settings: settings})
 		o.planned = time.Time{} // what is kept may be another now
 		return
 	}
+	record := o.promised[spec.ID]
+	delete(o.promised, spec.ID)
 	o.fleet[spec.ID] = nodegroups.NewGroup(spec, settings, record)
 	for id := range record.Intents {
 		o.groupOf[id] = spec.ID
@@ -174,11 +188,12 @@ func (o *owner) redeclare(groups []model.NodeGroup) {
 	kept := map[model.GroupID]bool{}
 	for _, spec := range groups {
 		kept[spec.ID] = true
-		o.declare(spec, nodegroups.Record{})
+		o.declare(spec)
 	}
 	for id := range o.fleet {
 		if !kept[id] {
 			o.log.Info("node group is no longer declared; its nodes are left as they are", "nodegroup", id)
+			o.promised[id] = o.fleet[id].Record() // it may be declared again
 			delete(o.fleet, id)
 			delete(o.declared, id)
 			delete(o.dirty, id)
@@ -198,7 +213,7 @@ func (o *owner) observe(nodes []nodeChange, pods []podChange, annotations map[mo
 	for group, a := range annotations {
 		o.annotations[group] = a
 		if spec, ok := o.declared[group]; ok {
-			o.declare(spec, nodegroups.Record{})
+			o.declare(spec)
 		}
 	}
 	for _, n := range nodes {
@@ -222,7 +237,7 @@ func (o *owner) seePod(c podChange, now time.Time) {
 	}
 	started := see(p, instance, now)
 	group := o.groupOf[instance]
-	if started == nil || group == "" {
+	if started == nil || o.fleet[group] == nil {
 		return
 	}
 	temperature := "cold"
@@ -324,7 +339,10 @@ func (o *owner) read(r reading) {
 		delete(o.cloudErrors, id)
 		s.TakenAt = r.at
 		for _, i := range s.Instances {
-			if o.groupOf[i.ID] != id {
+			if before := o.groupOf[i.ID]; before != id {
+				// Its Node's label said otherwise; the cloud is right.
+				o.applyTo(i.ID, nodegroups.ObserveNodeGone{Instance: i.ID})
+				o.applyTo(i.ID, nodegroups.ObserveBusy{Instance: i.ID})
 				o.groupOf[i.ID] = id
 				o.handOver(g, i.ID)
 			}

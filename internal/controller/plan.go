@@ -13,11 +13,7 @@ import (
 
 // bounds are the annotations that win over the policy at a time.
 func bounds(s nodegroups.Settings, now time.Time) scoring.Bounds {
-	b := scoring.Bounds{MinWarm: s.MinWarmAt(now), MaxWarm: s.MaxWarm, Park: s.Park == nodegroups.ParkStop}
-	if s.MaxIdle != nil {
-		b.MaxIdle = *s.MaxIdle
-	}
-	return b
+	return scoring.Bounds{MinWarm: s.MinWarmAt(now), MaxWarm: s.MaxWarm, MaxIdle: s.MaxIdle, Park: s.Park == nodegroups.ParkStop}
 }
 
 // plan decides for every idle node, and asks for the idle nodes that min-warm
@@ -47,10 +43,19 @@ func (o *owner) plan() {
 			default:
 				continue
 			}
+			node := o.scored(n, now)
+			if !n.Node.Ready {
+				// No job can use it: it neither counts as warm nor goes by
+				// the plan. Dead for long, it loses its protection.
+				held = append(held, model.Verdict{
+					Instance: n.ID, Decision: model.DecisionKeep, Score: node.Score(now),
+					Reasons: []model.Reason{{Code: "not-ready", Text: "its Node is not Ready"}},
+				})
+				continue
+			}
 			if !n.Busy {
 				idle++
 			}
-			node := o.scored(n, now)
 			if m := n.Node.Marks; m.Protected && !m.ProtectedByUs {
 				// Left out of the plan: released in vain it would keep those
 				// that go after it from ever going.
@@ -63,7 +68,16 @@ func (o *owner) plan() {
 			nodes = append(nodes, node)
 		}
 		b := bounds(settings, now)
-		o.apply(g, nodegroups.Decide{Verdicts: append(scoring.Plan(nodes, b, now), held...)})
+		verdicts := scoring.Plan(nodes, b, now)
+		for _, v := range verdicts {
+			switch _, released := o.releasedAt[v.Instance]; {
+			case v.Decision == model.DecisionKeep:
+				delete(o.releasedAt, v.Instance)
+			case !released:
+				o.releasedAt[v.Instance] = now
+			}
+		}
+		o.apply(g, nodegroups.Decide{Verdicts: append(verdicts, held...)})
 		if want := b.MinWarm - idle; want > 0 && o.mayRecord(id, now) {
 			// A prescale that is not recorded is simply asked again.
 			ctx, cancel := context.WithTimeout(o.ctx, o.cfg.RecordWithin/2)
@@ -87,7 +101,9 @@ func (o *owner) scored(n nodegroups.NodeStatus, now time.Time) scoring.Node {
 			since = use.Last
 		}
 	}
-	return scoring.Node{Instance: n.ID, Busy: n.Busy, IdleSince: since, Keys: o.history.keys[n.ID]}
+	return scoring.Node{
+		Instance: n.ID, Busy: n.Busy, IdleSince: since, ReleasedAt: o.releasedAt[n.ID], Keys: o.history.keys[n.ID],
+	}
 }
 
 func (o *owner) parked(g *nodegroups.Group, now time.Time) (parked []scoring.Node) {

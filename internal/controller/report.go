@@ -71,6 +71,7 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 		if !g.Has(instance) {
 			delete(reported, instance)
 			delete(o.marking, instance)
+			delete(o.releasedAt, instance)
 			o.records.dropNode(instance)
 			o.release(instance)
 			changed = true

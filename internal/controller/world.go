@@ -64,7 +64,7 @@ func (w *World) SetGroups(groups []model.NodeGroup) {
 
 func (w *World) readKeys(id model.GroupID) {
 	if spec, ok := w.declared[id]; ok {
-		settings, _ := nodegroups.ParseSettings(spec, nodegroups.Merge(w.seen[id], spec.Annotations))
+		settings, _ := nodegroups.Interpret(spec, w.seen[id])
 		w.keys[id] = settings.CacheKeys
 	}
 }

@@ -115,6 +115,9 @@ func (r podReader) kind(p *corev1.Pod) model.PodKind {
 	if r.engines.Matches(labels.Set(p.Labels)) {
 		return model.PodEngine
 	}
+	if p.Namespace == metav1.NamespaceSystem {
+		return model.PodIgnored // cluster services that landed on a runner node
+	}
 	_, mirror := p.Annotations[corev1.MirrorPodAnnotationKey]
 	if owner := metav1.GetControllerOf(p); mirror || owner != nil && (owner.Kind == "DaemonSet" || owner.Kind == "Node") {
 		return model.PodIgnored

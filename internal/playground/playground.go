@@ -142,8 +142,9 @@ func (p *Playground) Stop() error {
 func freeAddress() (string, error) {
 	var l net.Listener
 	var err error
+	lc := net.ListenConfig{}
 	for range 100 {
-		if l, err = net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(20000+rand.IntN(12000)))); err == nil {
+		if l, err = lc.Listen(context.Background(), "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(20000+rand.IntN(12000)))); err == nil {
 			defer l.Close()
 			return l.Addr().String(), nil
 		}

@@ -222,10 +222,13 @@ func (p *cloudProvider) NodeGroupDeleteNodes(ctx context.Context, req *pb.NodeGr
 	return &pb.NodeGroupDeleteNodesResponse{}, nil
 }
 
+// maxDeletes bounds the nodes of one request; CA batches far fewer.
+const maxDeletes = 1000
+
 // deleted returns the ids of the nodes, each once.
 func deleted(fleet *nodegroups.FleetView, group model.GroupID, nodes []*pb.ExternalGrpcNode) ([]model.InstanceID, error) {
-	if len(nodes) == 0 {
-		return nil, invalid(group, "nodes", "at least one node is required")
+	if len(nodes) == 0 || len(nodes) > maxDeletes {
+		return nil, invalid(group, "nodes", "1 to %d nodes are required, got %d", maxDeletes, len(nodes))
 	}
 	ids := make([]model.InstanceID, 0, len(nodes))
 	seen := make(map[model.InstanceID]bool, len(nodes))

@@ -348,7 +348,7 @@ func TestRefusals(t *testing.T) {
 		{"IncreaseSize/over any max", increase("group-0", math.MaxInt32), codes.OutOfRange, "exceeds the maximum of 4"},
 		{"DecreaseTargetSize/zero", decrease("group-0", 0), codes.InvalidArgument, "delta must be negative, got 0"},
 		{"DecreaseTargetSize/positive", decrease("group-0", 1), codes.InvalidArgument, "delta must be negative, got 1"},
-		{"DeleteNodes/none", remove("group-0"), codes.InvalidArgument, "at least one node"},
+		{"DeleteNodes/none", remove("group-0"), codes.InvalidArgument, "1 to 1000 nodes"},
 		{"DeleteNodes/empty node", remove("group-0", node(instance(0, 0)), &pb.ExternalGrpcNode{}), codes.InvalidArgument, "node 1 (\"\") has no providerID"},
 		{"DeleteNodes/node without providerID", remove("group-0", &pb.ExternalGrpcNode{Name: "n"}), codes.InvalidArgument, "node 0 (\"n\") has no providerID"},
 		{"DeleteNodes/too long", remove("group-0", node(model.InstanceID(long))), codes.InvalidArgument, "at most 2048 bytes"},
@@ -626,8 +626,8 @@ func TestBigRequests(t *testing.T) {
 	for range 100_000 {
 		many = append(many, node(instance(0, 1)), node("unknown"))
 	}
-	if _, err := client.NodeGroupDeleteNodes(brief(t), &pb.NodeGroupDeleteNodesRequest{Id: "group-0", Nodes: many}); status.Code(err) != codes.NotFound {
-		t.Errorf("200,000 nodes: got %v, want NotFound", err)
+	if _, err := client.NodeGroupDeleteNodes(brief(t), &pb.NodeGroupDeleteNodesRequest{Id: "group-0", Nodes: many}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("200,000 nodes: got %v, want InvalidArgument", err)
 	}
 }
 

@@ -56,7 +56,7 @@ func logged(log *slog.Logger) grpc.UnaryServerInterceptor {
 		if log.Enabled(ctx, level) {
 			fields := append([]any{"method", info.FullMethod, "code", status.Code(err).String(), "took", time.Since(began)}, what...)
 			if id, ok := req.(interface{ GetId() string }); ok {
-				fields = append(fields, "nodegroup", id.GetId())
+				fields = append(fields, "nodegroup", clip(id.GetId()))
 			}
 			if err != nil {
 				fields = append(fields, "err", err)
@@ -78,7 +78,7 @@ func write(req any) []any {
 		const most = 10
 		var ids []string
 		for _, node := range r.GetNodes()[:min(len(r.GetNodes()), most)] {
-			ids = append(ids, node.GetProviderID())
+			ids = append(ids, clip(node.GetProviderID()))
 		}
 		return []any{"nodes", len(r.GetNodes()), "first", ids}
 	case *pb.CleanupRequest:

@@ -16,6 +16,7 @@ import (
 
 	grpcprom "github.com/grpc-ecosystem/go-grpc-middleware/providers/prometheus"
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
@@ -36,6 +37,10 @@ const (
 	// maxStreams bounds the requests of one connection; CA makes them one
 	// after the other.
 	maxStreams = 128
+	// The expander's client shows no certificate and its messages are large:
+	// so few of either. CA makes one request at a time on one connection.
+	maxExpanderStreams     = 2
+	maxExpanderConnections = 16
 	// stopWithin is how long requests may take after the server was told to
 	// stop.
 	stopWithin = 10 * time.Second
@@ -116,11 +121,11 @@ func New(c Config) (*Server, error) {
 	around := interceptors(c.Logger, metrics, panics)
 
 	s := &Server{config: c, health: health.NewServer(), stopWithin: stopWithin}
-	s.cloud = grpc.NewServer(slices.Concat(mutual, limits(maxMessage), around, []grpc.ServerOption{
+	s.cloud = grpc.NewServer(slices.Concat(mutual, limits(maxMessage, maxStreams), around, []grpc.ServerOption{
 		grpc.StatsHandler(tagConnections{}),
 		grpc.ChainUnaryInterceptor(admit(c.Reader, c.Writer)),
 	})...)
-	s.expander = grpc.NewServer(slices.Concat(serverOnly, limits(maxExpanderMessage), around)...)
+	s.expander = grpc.NewServer(slices.Concat(serverOnly, limits(maxExpanderMessage, maxExpanderStreams), around)...)
 
 	register(s.cloud, externalgrpc.CloudProvider_ServiceDesc, &cloudProvider{reader: c.Reader, writer: c.Writer, log: c.Logger})
 	register(s.expander, expander.Expander_ServiceDesc, &expanderServer{reader: c.Reader, ranker: c.Ranker})
@@ -135,11 +140,11 @@ func New(c Config) (*Server, error) {
 
 // limits bounds what one connection may cost, and has dead peers noticed: CA
 // itself dials without keepalive.
-func limits(message int) []grpc.ServerOption {
+func limits(message int, streams uint32) []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.MaxRecvMsgSize(message),
-		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxConcurrentStreams(streams),
 		grpc.ConnectionTimeout(10 * time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
@@ -162,7 +167,7 @@ func (s *Server) SetServing(serving bool) {
 // finish for a few seconds, and returns nil. Call it once.
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	for listener, server := range map[net.Listener]*grpc.Server{s.config.Listener: s.cloud, s.config.ExpanderListener: s.expander} {
+	for listener, server := range map[net.Listener]*grpc.Server{s.config.Listener: s.cloud, netutil.LimitListener(s.config.ExpanderListener, maxExpanderConnections): s.expander} {
 		group.Go(func() error {
 			// Stopped before it began is no failure.
 			if err := server.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {

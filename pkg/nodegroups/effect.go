@@ -253,10 +253,11 @@ func (g *Group) nodeEffects(now time.Time) []Effect {
 
 // stray says whether a Node has no instance, although none was seen to go: it
 // went while nobody looked. The Node has not been Ready for as long as the
-// cloud has been read without the instance.
+// cloud has been read without the instance, and was the group's by a record,
+// not just by its own label.
 func (g *Group) stray(n model.Node) bool {
 	read := g.snapshot.TakenAt
-	return !n.Ready && read.Sub(n.ReadyChanged) >= readyGrace && read.Sub(g.firstRead) >= readyGrace
+	return g.known[n.ID] && !n.Ready && read.Sub(n.ReadyChanged) >= readyGrace && read.Sub(g.firstRead) >= readyGrace
 }
 
 // underWay says whether one of these effects on the instance's Node is.

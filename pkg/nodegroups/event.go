@@ -23,6 +23,10 @@ type (
 	ObserveNode struct{ Node model.Node }
 	// ObserveNodeGone says that the instance has no Node object.
 	ObserveNodeGone struct{ Instance model.InstanceID }
+	// Known says that the instance was this group's in an earlier life of
+	// Hearth: its Node may be deleted when the instance has gone meanwhile. A
+	// Node's own label is no proof of that.
+	Known struct{ Instance model.InstanceID }
 	// ObserveBusy says whether runner pods or engine clients are on it.
 	ObserveBusy struct {
 		Instance model.InstanceID
@@ -68,6 +72,7 @@ func (Configure) isEvent()          {}
 func (ObserveCloud) isEvent()       {}
 func (ObserveNode) isEvent()        {}
 func (ObserveNodeGone) isEvent()    {}
+func (Known) isEvent()              {}
 func (ObserveBusy) isEvent()        {}
 func (Decide) isEvent()             {}
 func (Refresh) isEvent()            {}

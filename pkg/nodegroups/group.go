@@ -121,6 +121,7 @@ type Group struct {
 	// Derived bookkeeping.
 	members      map[model.InstanceID]*member
 	tombstones   map[model.InstanceID]time.Time
+	known        map[model.InstanceID]bool // from the records of an earlier life
 	placeholders []model.InstanceID
 	placeholderN int
 	activity     string
@@ -162,6 +163,7 @@ func NewGroup(spec model.NodeGroup, settings Settings, record Record) *Group {
 		verdicts:   map[model.InstanceID]model.Verdict{},
 		members:    members,
 		tombstones: map[model.InstanceID]time.Time{},
+		known:      map[model.InstanceID]bool{},
 		inflight:   map[string]bool{},
 		retryAt:    map[string]time.Time{},
 		attempts:   map[string]int{},
@@ -180,6 +182,7 @@ func (g *Group) Clone() *Group {
 		c.members[id] = new(*m)
 	}
 	c.tombstones = maps.Clone(g.tombstones)
+	c.known = maps.Clone(g.known)
 	c.placeholders = slices.Clone(g.placeholders)
 	c.inflight = maps.Clone(g.inflight)
 	c.retryAt = maps.Clone(g.retryAt)
@@ -364,6 +367,8 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 		g.observeNode(e.Node)
 	case ObserveNodeGone:
 		g.observeNodeGone(e.Instance, &out)
+	case Known:
+		g.known[e.Instance] = true
 	case ObserveBusy:
 		g.busy[e.Instance] = e.Busy
 		if !e.Busy {
@@ -488,9 +493,6 @@ func (g *Group) bind(i model.Instance, now time.Time, out *Outcome) {
 	g.members[i.ID] = m
 	stopped := i.State == model.InstanceStopped || i.State == model.InstanceStopping
 	switch {
-	case i.State == model.InstanceTerminating: // lost before it was seen
-		g.record.Intents[i.ID] = Intent{model.DesiredGone, StageStopping, now}
-		out.note(CommitSoon, "lost", "terminated-elsewhere", 1, i.ID)
 	case stopped:
 		g.record.Intents[i.ID] = Intent{model.DesiredParked, StageStopping, now}
 		out.note(CommitSoon, "adopt", "stopped", 1, i.ID)
@@ -715,8 +717,7 @@ func (g *Group) takeBack(n int, out *Outcome) (taken int) {
 func (g *Group) resume(n int, prefer []model.InstanceID, hidden bool, now time.Time, out *Outcome) (resumed int) {
 	parked := g.withIntent(func(id model.InstanceID, i Intent) bool {
 		_, registered := g.nodes[id]
-		return i.Desired == model.DesiredParked && g.members[id].cloud.State == model.InstanceStopped &&
-			!registered && !g.underWay(id, DeleteNode)
+		return i.Desired == model.DesiredParked && g.members[id].cloud.State == model.InstanceStopped && !registered
 	})
 	rank := func(id model.InstanceID) int {
 		if at := slices.Index(prefer, id); at >= 0 {

@@ -160,10 +160,7 @@ type Annotation struct {
 // reference.
 func Annotations() []Annotation {
 	return []Annotation{
-		{"role", "runner, plain", "plain", "runner: Hearth keeps its warm nodes; plain: scaled exactly as by cluster-autoscaler's own providers", func(s *Settings, v string) (string, bool) {
-			s.Role = model.Role(v)
-			return "runner or plain", s.Role == model.RoleRunner || s.Role == model.RolePlain
-		}},
+		{"role", "runner, plain", "plain", "runner: Hearth keeps its warm nodes; plain: scaled exactly as by cluster-autoscaler's own providers", setRole},
 		{"min-warm", "int", "0", "idle nodes kept running at least", count(func(s *Settings) *int { return &s.MinWarm }, 0)},
 		{"max-warm", "int", "max", "idle nodes kept running at most", count(func(s *Settings) *int { return &s.MaxWarm }, 0)},
 		{"max-idle", "duration", "policy", "an idle node is never kept running longer", optional(span, func(s *Settings) **time.Duration { return &s.MaxIdle }, wantSpan)},
@@ -174,7 +171,7 @@ func Annotations() []Annotation {
 		}},
 		{"park", "off, stop, warm-pool", "off", "what to do instead of terminating a node that is worth keeping", func(s *Settings, v string) (string, bool) {
 			s.Park = Park(v)
-			return "off, stop or warm-pool", slices.Contains([]Park{ParkOff, ParkStop, ParkWarmPool}, s.Park)
+			return "off or stop (warm-pool needs a backend that has them)", s.Park == ParkOff || s.Park == ParkStop
 		}},
 		{"max-parked", "int", "max", "parked nodes at most", count(func(s *Settings) *int { return &s.MaxParked }, 0)},
 		{"max-parked-age", "duration", "168h", "parked longer than this: gone", required(span, func(s *Settings) *time.Duration { return &s.MaxParkedAge }, wantSpan)},
@@ -228,6 +225,30 @@ func ParseSettings(group model.NodeGroup, annotations map[string]string) (Settin
 		runnerOptions(&settings.Options)
 	}
 	return settings, problems
+}
+
+// Interpret returns the settings of a group whose RunnerNodeGroup carries
+// annotations beside those that it was declared with. The object's win, but for
+// a role that cannot be used: the default would take the protection off every
+// node of a runner group, so the declared role stays.
+func Interpret(group model.NodeGroup, object map[string]string) (Settings, []AnnotationError) {
+	const role = model.Prefix + "/role"
+	if value, has := object[role]; has {
+		trial := Settings{}
+		if want, ok := setRole(&trial, strings.TrimSpace(value)); !ok {
+			object = maps.Clone(object)
+			delete(object, role)
+			settings, problems := ParseSettings(group, Merge(object, group.Annotations))
+			want += ", as declared until then"
+			return settings, append([]AnnotationError{{role, clip(value), want}}, problems...)
+		}
+	}
+	return ParseSettings(group, Merge(object, group.Annotations))
+}
+
+func setRole(s *Settings, v string) (string, bool) {
+	s.Role = model.Role(v)
+	return "runner or plain", s.Role == model.RoleRunner || s.Role == model.RolePlain
 }
 
 // clip bounds what a bad value may put into logs and conditions.

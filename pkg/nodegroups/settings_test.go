@@ -88,8 +88,8 @@ func TestAnnotations(t *testing.T) {
 			[]string{"", ";", "always", "Mon-Fri 08:00-19:00"},
 		},
 		"park": {
-			[]good{{"off", func(*Settings) {}}, {"stop", func(s *Settings) { s.Park = ParkStop }}, {"warm-pool", func(s *Settings) { s.Park = ParkWarmPool }}},
-			[]string{"", "Stop", "true"},
+			[]good{{"off", func(*Settings) {}}, {"stop", func(s *Settings) { s.Park = ParkStop }}},
+			[]string{"", "warm-pool", "Stop", "true"},
 		},
 		"max-parked":     {[]good{{"0", func(s *Settings) { s.MaxParked = 0 }}}, counts},
 		"max-parked-age": {[]good{{"24h", func(s *Settings) { s.MaxParkedAge = 24 * time.Hour }}, {"8760h", func(s *Settings) { s.MaxParkedAge = 8760 * time.Hour }}}, spans},
@@ -413,4 +413,21 @@ func FuzzSchedule(f *testing.F) {
 
 func clock(d time.Duration) string {
 	return fmt.Sprintf("%02d:%02d", int(d.Hours()), int(d.Minutes())%60)
+}
+
+// A role that cannot be used leaves the declared one: the default would take
+// the protection off every node.
+func TestInterpretKeepsDeclaredRole(t *testing.T) {
+	group := ofTen
+	group.Annotations = map[string]string{"hearth.dev/role": "runner", "hearth.dev/min-warm": "2"}
+	settings, problems := Interpret(group, map[string]string{"hearth.dev/role": "Runner", "hearth.dev/min-warm": "3"})
+	if settings.Role != model.RoleRunner || settings.MinWarm != 3 {
+		t.Errorf("role %q and min-warm %d, want runner and 3", settings.Role, settings.MinWarm)
+	}
+	if len(problems) != 1 || problems[0].Key != "hearth.dev/role" {
+		t.Errorf("problems %v, want one about the role", problems)
+	}
+	if settings, problems := Interpret(group, map[string]string{"hearth.dev/role": "plain"}); settings.Role != model.RolePlain || problems != nil {
+		t.Errorf("a valid role does not win: %q, %v", settings.Role, problems)
+	}
 }

@@ -296,7 +296,12 @@ func (s *sim) restart() {
 		}
 	}
 	s.restarts++
+	known := maps.Clone(s.g.known)
+	for id := range s.g.members {
+		known[id] = true // a RunnerNode was written of each
+	}
 	s.g = NewGroup(s.g.Spec(), s.g.Settings(), s.stored)
+	s.g.known = known
 	s.unsaved = false
 	s.begin()
 }
@@ -432,8 +437,8 @@ func (s *sim) deliverRead() {
 }
 
 func (s *sim) repeatRead() {
-	if len(s.delivered) > 0 {
-		s.observe(ObserveCloud{rapid.SampledFrom(s.delivered).Draw(s.t, "old reading")})
+	if n := len(s.delivered); n > 0 {
+		s.observe(ObserveCloud{s.delivered[n-1-rapid.IntRange(0, n-1).Draw(s.t, "age")]})
 	}
 }
 
@@ -860,7 +865,11 @@ func (s *sim) converge() {
 	for id, n := range s.w.nodes {
 		switch {
 		case !active(s.w.instances[id].State):
-			fail("the Node of %s is left over", id)
+			// One that no life has known as its own is left to the cloud: a
+			// Node's label proves nothing.
+			if _, dead := s.g.tombstones[id]; dead || s.g.known[id] || s.g.members[id] != nil {
+				fail("the Node of %s is left over", id)
+			}
 		case n.Draining || !n.CATaintSince.IsZero():
 			fail("the Node of %s is still tainted: %+v", id, n)
 		}

@@ -42,6 +42,7 @@ type story struct {
 	group *Group
 	// stored is the record as last written: what a restart finds.
 	stored Record
+	last   model.GroupSnapshot
 	hold   bool
 	held   []Effect
 	// fail is the error with which effects end, and how.
@@ -154,7 +155,11 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 // begin starts the provider's life: Nodes are observed before the cloud.
 func (s *story) begin(r Record) {
 	s.held, s.hold = nil, false
+	before := s.group
 	s.group = NewGroup(s.group.Spec(), s.group.Settings(), r)
+	for id := range before.members { // a RunnerNode was written of each
+		s.apply(Known{id})
+	}
 	for _, id := range slices.Sorted(maps.Keys(s.world.nodes)) {
 		s.apply(ObserveNode{s.world.nodes[id]})
 		s.apply(ObserveBusy{id, s.world.jobs[id]})
@@ -215,6 +220,10 @@ func (s *story) cloud(t *testing.T, d *datadriven.TestData, args []model.Instanc
 				w.ready(id, false)
 			}
 		}
+	case "repeats": // its last reading
+		s.apply(ObserveCloud{s.last})
+		s.settle()
+		return
 	case "omits": // in this one reading
 		s.read(ids...)
 		s.settle()
@@ -397,6 +406,7 @@ func (s *story) read(omitted ...model.InstanceID) {
 	s.world.now = s.world.now.Add(time.Millisecond)
 	snapshot := s.world.read()
 	snapshot.Instances = slices.DeleteFunc(snapshot.Instances, func(i model.Instance) bool { return slices.Contains(omitted, i.ID) })
+	s.last = snapshot
 	s.apply(ObserveCloud{snapshot})
 }
 

@@ -29,6 +29,10 @@ const (
 	// DefaultMaxIdle is how long an idle node is kept running when no
 	// annotation says otherwise: cluster-autoscaler's own default.
 	DefaultMaxIdle = 10 * time.Minute
+	// stuckAfter is how long a released node may stay before it no longer
+	// holds up those that go after it: a pod of somebody's may keep
+	// cluster-autoscaler from removing it.
+	stuckAfter = 5 * time.Minute
 )
 
 // Node is one instance as the policy sees it.
@@ -38,6 +42,8 @@ type Node struct {
 	// idle, or Ready if it never ran anything.
 	Busy      bool
 	IdleSince time.Time
+	// ReleasedAt is since when the plan lets the node go; zero when it keeps it.
+	ReleasedAt time.Time
 	// Keys are the cache keys whose jobs ran here.
 	Keys map[model.CacheKey]model.KeyUse
 }
@@ -45,8 +51,8 @@ type Node struct {
 // Bounds are the annotations that win over the policy.
 type Bounds struct {
 	MinWarm, MaxWarm int
-	// MaxIdle is how long an idle node may be kept; zero means DefaultMaxIdle.
-	MaxIdle time.Duration
+	// MaxIdle is how long an idle node may be kept; nil means DefaultMaxIdle.
+	MaxIdle *time.Duration
 	// Park: a node that goes is stopped instead of terminated.
 	Park bool
 }
@@ -117,7 +123,10 @@ func Plan(nodes []Node, bounds Bounds, now time.Time) []model.Verdict {
 		v.Reasons = append(v.Reasons, warmthReason(n, now))
 		idle = append(idle, v)
 	}
-	maxIdle := cmp.Or(bounds.MaxIdle, DefaultMaxIdle)
+	maxIdle := DefaultMaxIdle
+	if bounds.MaxIdle != nil {
+		maxIdle = *bounds.MaxIdle
+	}
 	// The warmest MinWarm stay whatever their age.
 	staying := idle[max(0, len(idle)-bounds.MinWarm):]
 	for _, v := range staying {
@@ -139,8 +148,13 @@ func Plan(nodes []Node, bounds Bounds, now time.Time) []model.Verdict {
 			v.Reasons = append(v.Reasons, model.Reason{Code: "recent", Text: fmt.Sprintf("idle for %s of at most %s", since.Round(time.Second), maxIdle)})
 		}
 	}
+	stuck := 0
 	for i, v := range going {
-		if i > 0 && i >= len(going)/2 {
+		released := byID[v.Instance].ReleasedAt
+		switch {
+		case !released.IsZero() && now.Sub(released) >= stuckAfter:
+			stuck++ // something else keeps it: it must not keep those behind it
+		case i > stuck && i-stuck >= (len(going)-stuck)/2:
 			v.Reasons = append(v.Reasons, model.Reason{Code: "later", Text: "colder nodes go first"})
 			continue
 		}

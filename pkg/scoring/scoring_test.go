@@ -25,6 +25,11 @@ func node(id string, idle time.Duration, keys ...string) scoring.Node {
 	return n
 }
 
+func released(n scoring.Node, ago time.Duration) scoring.Node {
+	n.ReleasedAt = now.Add(-ago)
+	return n
+}
+
 func TestWarmth(t *testing.T) {
 	for _, tc := range []struct {
 		name string
@@ -94,7 +99,7 @@ func TestPlan(t *testing.T) {
 		}, {
 			"max-idle from the annotation",
 			[]scoring.Node{node("a", 40*time.Second, "k")},
-			scoring.Bounds{MaxWarm: 9, MaxIdle: 30 * time.Second},
+			scoring.Bounds{MaxWarm: 9, MaxIdle: new(30 * time.Second)},
 			map[model.InstanceID]string{"a": "release idle"},
 		}, {
 			"parking",
@@ -111,6 +116,16 @@ func TestPlan(t *testing.T) {
 			[]scoring.Node{node("a", time.Hour), node("b", time.Hour)},
 			scoring.Bounds{MinWarm: 2, MaxWarm: 1},
 			map[model.InstanceID]string{"a": "keep min-warm", "b": "keep min-warm"},
+		}, {
+			"a node that does not go holds up nobody",
+			[]scoring.Node{released(node("a", time.Hour), 5*time.Minute), node("b", time.Hour), node("c", time.Hour)},
+			scoring.Bounds{MaxWarm: 9},
+			map[model.InstanceID]string{"a": "release idle", "b": "release idle", "c": "keep later"},
+		}, {
+			"max-idle of nothing",
+			[]scoring.Node{node("a", 0, "k")},
+			scoring.Bounds{MaxWarm: 9, MaxIdle: new(time.Duration)},
+			map[model.InstanceID]string{"a": "release idle"},
 		}, {
 			"nothing",
 			nil, scoring.Bounds{}, map[model.InstanceID]string{},
