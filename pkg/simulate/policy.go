@@ -1,0 +1,106 @@
+package simulate
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+)
+
+// Policy decides where waiting jobs go and what becomes of the nodes that
+// nobody uses. It sees what a live one would see: never a job before it
+// arrives, nor how long one will run. What it is given it must not change, and
+// nodes and pods it keeps hold of go on changing.
+//
+// At every instant at which something happens the engine first carries out
+// what happened, telling of it through Arrived and Finished, then asks Place
+// for the jobs that wait, then Plan.
+type Policy interface {
+	// Arrived tells of a new job, before it is placed.
+	Arrived(f *Fleet, p *Pod)
+	// Place says what a waiting job does. Jobs are asked for in the order of
+	// their arrival, anew whenever a node may have become free.
+	Place(f *Fleet, p *Pod) Choice
+	// Finished tells of a job that has ended on p.Node.
+	Finished(f *Fleet, p *Pod)
+	// Plan says what becomes of idle and parked nodes, and what is started
+	// ahead of demand. It is asked at the beginning, after every instant at
+	// which something happened, and at the time it returned last.
+	Plan(f *Fleet) Plan
+}
+
+// Choice is what a waiting job does. The zero value waits for what it was
+// promised before.
+type Choice struct {
+	verb choiceVerb
+	node *Node
+}
+
+type choiceVerb int
+
+const (
+	choiceWait choiceVerb = iota
+	choiceTake
+	choiceAwait
+	choiceLaunch
+)
+
+// Take starts the job on a node that has a free slot.
+func Take(n *Node) Choice { return Choice{choiceTake, n} }
+
+// Await promises the job a node that is on its way, or one that is parked:
+// that one is resumed. The promise does not bind: whichever node gets a free
+// slot first is offered to every job that waits.
+func Await(n *Node) Choice { return Choice{choiceAwait, n} }
+
+// Launch boots a node and promises it to the job.
+func Launch() Choice { return Choice{verb: choiceLaunch} }
+
+// Wait does nothing now.
+func Wait() Choice { return Choice{} }
+
+// Plan is what becomes of nodes without jobs.
+type Plan struct {
+	// Park stops idle nodes. Release ends idle and parked ones.
+	Park, Release []*Node
+	// Resume starts parked nodes ahead of demand, Launch new ones.
+	Resume []*Node
+	Launch int
+	// Next is when the plan would change if nothing happened until then, in
+	// epoch seconds after now; 0 means never.
+	Next int64
+}
+
+// NamedPolicy is a policy that can be asked for by its name.
+type NamedPolicy struct {
+	Name string
+	// Doc is one sentence for people.
+	Doc string
+	// New makes a policy for one run. It may look into the trace only for the
+	// size of a pool that a person would have had to choose.
+	New func(Trace, World, *rand.Rand) Policy
+}
+
+// Policies lists every policy once, in the order of reports: what people run
+// today, what research proposes, the simple rules, ours.
+func Policies() []NamedPolicy {
+	return append(baselines(), NamedPolicy{
+		Name: "hearth",
+		Doc:  "the live policy: what a warm node is worth, planned and forecast by pkg/scoring",
+		New:  func(Trace, World, *rand.Rand) Policy { return newHearth() },
+	})
+}
+
+// FindPolicy returns the policy of that name, or an error that lists the known
+// ones.
+func FindPolicy(name string) (NamedPolicy, error) {
+	var known []string
+	for _, p := range Policies() {
+		if p.Name == name {
+			return p, nil
+		}
+		known = append(known, p.Name)
+	}
+	slices.Sort(known)
+	return NamedPolicy{}, fmt.Errorf("unknown policy %q, known are %s", name, strings.Join(known, ", "))
+}
