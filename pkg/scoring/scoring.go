@@ -41,6 +41,7 @@ type Node struct {
 	// Busy nodes are never candidates. IdleSince is when the node last became
 	// idle, or Ready if it never ran anything.
 	Busy      bool
+	Parked    bool // used by Decide
 	IdleSince time.Time
 	// ReleasedAt is since when the plan lets the node go; zero when it keeps it.
 	ReleasedAt time.Time
@@ -55,6 +56,11 @@ type Bounds struct {
 	MaxIdle *time.Duration
 	// Park: a node that goes is stopped instead of terminated.
 	Park bool
+	// Used by Decide. Prewarm: parked nodes may be resumed ahead of expected
+	// jobs. Coming nodes are on their way already. Busy nodes are those that
+	// are not among the nodes of the request.
+	Prewarm      bool
+	Coming, Busy int
 }
 
 // Warmth of one key, from 0 (cold) to 1 (just used).
@@ -66,19 +72,10 @@ func Warmth(use model.KeyUse, now time.Time) float64 {
 	return math.Exp2(-age.Hours() / HalfLife.Hours())
 }
 
-// Held returns the keys that the node's engine is believed to hold, most
-// recently used first.
-func (n Node) Held() []model.CacheKey {
-	keys := slices.SortedFunc(maps.Keys(n.Keys), func(a, b model.CacheKey) int {
-		return cmp.Or(n.Keys[b].Last.Compare(n.Keys[a].Last), cmp.Compare(a, b))
-	})
-	return keys[:min(len(keys), KeysHeld)]
-}
-
 // WarmthFor returns how warm the node is for one key.
 func (n Node) WarmthFor(key model.CacheKey, now time.Time) float64 {
 	use, ok := n.Keys[key]
-	if !ok || len(n.Keys) > KeysHeld && !slices.Contains(n.Held(), key) {
+	if !ok || len(n.Keys) > KeysHeld && !slices.ContainsFunc(n.held(), func(h heldKey) bool { return h.key == key }) {
 		return 0
 	}
 	return Warmth(use, now)
@@ -89,9 +86,8 @@ func (n Node) WarmthFor(key model.CacheKey, now time.Time) float64 {
 // the second).
 func (n Node) Score(now time.Time) float64 {
 	var score float64
-	for _, key := range n.Held() {
-		use := n.Keys[key]
-		score += Warmth(use, now) * math.Log2(1+float64(use.Count))
+	for _, h := range n.held() {
+		score += Warmth(h.use, now) * math.Log2(1+float64(h.use.Count))
 	}
 	return score
 }
@@ -168,12 +164,12 @@ func Plan(nodes []Node, bounds Bounds, now time.Time) []model.Verdict {
 
 // warmthReason names the warmest key, or says that there is none.
 func warmthReason(n Node, now time.Time) model.Reason {
-	held := n.Held()
-	if len(held) == 0 || Warmth(n.Keys[held[0]], now) == 0 {
+	held := n.held()
+	if len(held) == 0 || Warmth(held[0].use, now) == 0 {
 		return model.Reason{Code: "cold", Text: "no cache key is warm here"}
 	}
 	return model.Reason{Code: "warm", Text: fmt.Sprintf("warm for %d keys, most for %q (%d jobs, last %s ago)",
-		len(held), clip(string(held[0])), n.Keys[held[0]].Count, now.Sub(n.Keys[held[0]].Last).Round(time.Second))}
+		len(held), clip(string(held[0].key)), held[0].use.Count, now.Sub(held[0].use.Last).Round(time.Second))}
 }
 
 func clip(s string) string {
@@ -244,9 +240,9 @@ func take(n Node, left map[model.CacheKey]int, slots int, now time.Time) {
 
 func warmest(n Node, left map[model.CacheKey]int, now time.Time) []model.CacheKey {
 	var keys []model.CacheKey
-	for _, key := range n.Held() {
-		if left[key] > 0 && Warmth(n.Keys[key], now) > 0 {
-			keys = append(keys, key)
+	for _, h := range n.held() {
+		if left[h.key] > 0 && Warmth(h.use, now) > 0 {
+			keys = append(keys, h.key)
 		}
 	}
 	slices.SortStableFunc(keys, func(a, b model.CacheKey) int {

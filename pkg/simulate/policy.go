@@ -86,8 +86,12 @@ type NamedPolicy struct {
 func Policies() []NamedPolicy {
 	return append(baselines(), NamedPolicy{
 		Name: "hearth",
-		Doc:  "the live policy: what a warm node is worth, planned and forecast by pkg/scoring",
+		Doc:  "the live policy: the coldest idle nodes are parked after 10 min, the warmest come back",
 		New:  func(Trace, World, *rand.Rand) Policy { return newHearth() },
+	}, NamedPolicy{
+		Name: "hearth-forecast",
+		Doc:  "what is to replace it: forecast by hour of week, rent-or-buy bounds, nodes resumed ahead",
+		New:  func(_ Trace, w World, _ *rand.Rand) Policy { return newForecaster(w, Knobs{Prewarm: true}) },
 	})
 }
 
