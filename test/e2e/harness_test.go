@@ -50,6 +50,7 @@ func TestMain(m *testing.M) {
 	hearth = filepath.Join(dir, "hearth")
 	if out, err := exec.Command("go", "build", "-o", hearth, "github.com/hearth-ci/hearth/cmd/provider").CombinedOutput(); err != nil {
 		fmt.Fprintf(os.Stderr, "e2e: building hearth: %v\n%s", err, out)
+		_ = os.RemoveAll(dir)
 		os.Exit(1)
 	}
 	code := m.Run()
