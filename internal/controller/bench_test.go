@@ -149,16 +149,14 @@ func BenchmarkMemory(b *testing.B) {
 	const groups, each = 300, 50
 	for b.Loop() {
 		before := heap()
-		o, r, end := largeFleet(b, groups, each)
+		o, _, end := largeFleet(b, groups, each)
 		end()
 		all := heap()
 		fleet, view := o.fleet, o.view.Load()
-		r = reading{}
-		o = nil
+		o = nil //nolint:ineffassign,wastedassign // what it held may go
 		core := heap()
 		runtime.KeepAlive(fleet)
 		runtime.KeepAlive(view)
-		_ = r
 		const thousands = groups * each / 1000.0
 		b.ReportMetric((all-before)/1e6/thousands, "MB/1000nodes")
 		b.ReportMetric((core-before)/1e6/thousands, "groups+views-MB/1000nodes")

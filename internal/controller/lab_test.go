@@ -88,7 +88,7 @@ func newLab(t *testing.T, groups []model.NodeGroup) *lab {
 // close ends the present life and shows its log when the test has failed.
 func (l *lab) close() {
 	if l.ctl != nil {
-		l.kill()
+		_ = l.kill()
 	}
 	if l.t.Failed() {
 		l.t.Logf("log:\n%s", l.log.tail(40))

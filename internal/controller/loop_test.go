@@ -727,8 +727,8 @@ func TestNoAnswersWhileEnding(t *testing.T) {
 		l.stop()
 		l.within(100*time.Millisecond, "end of the view", func() bool { return l.ctl.View() == nil })
 		select {
-		case <-l.done:
-			t.Error("Run returned although a call of its own was under way")
+		case err := <-l.done:
+			t.Errorf("Run returned %v although a call of its own was under way", err)
 		default:
 		}
 	})

@@ -111,6 +111,8 @@ func TestWorldNeverBlocks(t *testing.T) {
 		if took := time.Since(began); took != 0 {
 			t.Errorf("the watch waited %s for the owner", took)
 		}
-		<-asked
+		if err := <-asked; err == nil {
+			t.Error("the record hung, and the request was granted")
+		}
 	})
 }

@@ -1,6 +1,7 @@
 package playground
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"sync"
@@ -27,7 +28,7 @@ type pair struct {
 // NewForwarder listens on a free port. Connections are refused while target
 // returns an empty address.
 func NewForwarder(target func() string) (*Forwarder, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, fmt.Errorf("opening the forwarder's port: %w", err)
 	}
@@ -76,7 +77,7 @@ func (f *Forwarder) accept() {
 			_ = client.Close()
 			continue
 		}
-		server, err := net.DialTimeout("tcp", address, time.Second)
+		server, err := (&net.Dialer{Timeout: time.Second}).DialContext(context.Background(), "tcp", address)
 		if err != nil {
 			_ = client.Close()
 			continue

@@ -93,7 +93,7 @@ func BenchmarkRPC(b *testing.B) {
 		{"NodeGroupNodes", nodes, func() proto.Message { return &pb.NodeGroupNodesResponse{} }},
 	} {
 		b.Run(bc.method, func(b *testing.B) {
-			real, none := "/"+pb.CloudProvider_ServiceDesc.ServiceName+"/"+bc.method, "/bench.Noop/"+bc.method
+			ours, none := "/"+pb.CloudProvider_ServiceDesc.ServiceName+"/"+bc.method, "/bench.Noop/"+bc.method
 			call := func(method string, i int) (proto.Message, time.Duration) {
 				response, began := bc.response(), time.Now()
 				if err := conn.Invoke(b.Context(), method, bc.requests[i%len(bc.requests)], response); err != nil {
@@ -101,11 +101,11 @@ func BenchmarkRPC(b *testing.B) {
 				}
 				return response, time.Since(began)
 			}
-			answer, _ := call(real, 0)
+			answer, _ := call(ours, 0)
 			nothing.answer.Store(&answer)
 			var took [2][]time.Duration
 			for i := 0; b.Loop(); i++ {
-				_, t0 := call(real, i)
+				_, t0 := call(ours, i)
 				_, t1 := call(none, i)
 				took[0], took[1] = append(took[0], t0), append(took[1], t1)
 			}

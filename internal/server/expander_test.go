@@ -101,7 +101,7 @@ func TestPods(t *testing.T) {
 						names = append(names, meta.Namespace+"/"+meta.Name+"/"+meta.Labels["repo"]+"/"+meta.Annotations["job"])
 					}
 				}
-				for range o[0].Pods() { // may be left early and begun again
+				for range o[0].Pods() { //nolint:errcheck // it may be left early and begun again
 					break
 				}
 				return []model.GroupID{"a"}

@@ -448,7 +448,9 @@ func (s *sim) repeatRead() {
 func (s *sim) notice() {
 	all := maps.Clone(s.queued)
 	for id := range s.w.nodes {
-		all[id] = all[id]
+		if _, queued := all[id]; !queued {
+			all[id] = sighting{}
+		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(all)) {
 		now := sighting{id: id, node: s.w.nodes[id], busy: s.w.jobs[id]}
@@ -874,15 +876,4 @@ func (s *sim) converge() {
 			fail("the Node of %s is still tainted: %+v", id, n)
 		}
 	}
-}
-
-// sameLines shows where two dumps differ.
-func sameLines(a, b string) string {
-	la, lb := strings.Split(a, " "), strings.Split(b, " ")
-	for i := range min(len(la), len(lb)) {
-		if la[i] != lb[i] {
-			return fmt.Sprintf("…%s | …%s", strings.Join(la[max(0, i-3):min(len(la), i+3)], " "), strings.Join(lb[max(0, i-3):min(len(lb), i+3)], " "))
-		}
-	}
-	return ""
 }

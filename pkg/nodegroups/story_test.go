@@ -28,7 +28,7 @@ import (
 //	> an effect         carried out, failed or held
 func TestStories(t *testing.T) {
 	datadriven.Walk(t, "testdata/stories", func(t *testing.T, path string) {
-		s := &story{world: newWorld()}
+		s := &story{world: newWorld(), clients: map[model.InstanceID]bool{}}
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
 			s.out.Reset()
 			s.run(t, d)
@@ -43,8 +43,10 @@ type story struct {
 	// stored is the record as last written: what a restart finds.
 	stored Record
 	last   model.GroupSnapshot
-	hold   bool
-	held   []Effect
+	// clients are the nodes whose engine is used by more than runner pods.
+	clients map[model.InstanceID]bool
+	hold    bool
+	held    []Effect
 	// fail is the error with which effects end, and how.
 	fail map[Verb]string
 	out  strings.Builder
@@ -69,13 +71,13 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 		}
 		return n
 	}
-	prefer := func() (prefer []model.InstanceID) {
-		if a, ok := d.Arg("prefer"); ok {
+	list := func(name string) (list []model.InstanceID) {
+		if a, ok := d.Arg(name); ok {
 			for _, v := range a.Vals {
-				prefer = append(prefer, model.InstanceID(v))
+				list = append(list, model.InstanceID(v))
 			}
 		}
-		return prefer
+		return list
 	}
 	switch d.Cmd {
 	case "group": // min=0 max=10, and any annotation without its prefix
@@ -87,10 +89,16 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 	case "busy", "idle": // a job starts or ends
 		for _, id := range ids {
 			delete(s.world.jobs, id)
+			delete(s.clients, id)
 			if d.Cmd == "busy" {
 				s.world.jobs[id] = true
 			}
 			s.step(ObserveBusy{id, d.Cmd == "busy"})
+		}
+	case "client": // somebody uses the engine: no runner pod, and yet busy
+		for _, id := range ids {
+			s.clients[id] = true
+			s.step(ObserveBusy{id, true})
 		}
 	case "slip": // a job starts that has not been observed yet
 		for _, id := range ids {
@@ -99,13 +107,13 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 	case "decide": // i-1=release i-2=park,0.7
 		s.step(s.verdicts(t, d))
 	case "increase":
-		s.step(IncreaseSize{number(), prefer()})
+		s.step(IncreaseSize{number(), list("prefer")})
 	case "delete":
 		s.step(DeleteNodes{ids})
 	case "decrease":
 		s.step(DecreaseTargetSize{-number()})
 	case "prescale":
-		s.step(Prescale{Want: number(), Prefer: prefer(), Reason: "queued-jobs"})
+		s.step(Prescale{Want: number(), Prefer: list("prefer"), Reason: "queued-jobs"})
 	case "refresh":
 		s.step(Refresh{})
 	case "loops": // of cluster-autoscaler, ten seconds apart
@@ -124,13 +132,18 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 		s.settle()
 	case "hold": // effects take their time from here on
 		s.hold = true
-	case "run": // and now they end
+	case "run": // and now they end, or only those of some verbs
 		s.hold = false
 		held := s.held
 		s.held = nil
 		for _, e := range held {
-			s.carryOut(e)
+			if len(ids) > 0 && !slices.Contains(ids, model.InstanceID(e.Verb)) {
+				s.held = append(s.held, e)
+			} else {
+				s.carryOut(e)
+			}
 		}
+		s.hold = len(ids) > 0
 		s.settle()
 	case "fail": // how=before or how=after: the next effects of a verb fail
 		how := "before"
@@ -142,7 +155,7 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 			s.fail[Verb(id)] = how
 		}
 	case "restart": // the provider dies, with all effects that are under way
-		s.begin(s.stored)
+		s.begin(s.stored, list("omitted")...)
 	case "newcomer": // a provider that has no record of the group
 		s.begin(Record{})
 	case "show":
@@ -153,7 +166,7 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 }
 
 // begin starts the provider's life: Nodes are observed before the cloud.
-func (s *story) begin(r Record) {
+func (s *story) begin(r Record, omitted ...model.InstanceID) {
 	s.held, s.hold = nil, false
 	before := s.group
 	s.group = NewGroup(s.group.Spec(), s.group.Settings(), r)
@@ -164,7 +177,8 @@ func (s *story) begin(r Record) {
 		s.apply(ObserveNode{s.world.nodes[id]})
 		s.apply(ObserveBusy{id, s.world.jobs[id]})
 	}
-	s.look()
+	s.read(omitted...)
+	s.settle()
 }
 
 func (s *story) configure(t *testing.T, d *datadriven.TestData) {
@@ -220,6 +234,15 @@ func (s *story) cloud(t *testing.T, d *datadriven.TestData, args []model.Instanc
 				w.ready(id, false)
 			}
 		}
+	case "ghosts": // one reading lists what is long gone
+		s.world.now = s.world.now.Add(time.Millisecond)
+		snapshot := s.world.read()
+		for _, id := range ids {
+			snapshot.Instances = append(snapshot.Instances, model.Instance{ID: id, State: model.InstanceRunning})
+		}
+		s.apply(ObserveCloud{snapshot})
+		s.settle()
+		return
 	case "repeats": // its last reading
 		s.apply(ObserveCloud{s.last})
 		s.settle()
@@ -425,7 +448,7 @@ func (s *story) watch(id model.InstanceID) {
 	} else {
 		s.apply(ObserveNodeGone{id})
 	}
-	if s.group.busy[id] && !s.world.jobs[id] {
+	if s.group.busy[id] && !s.world.jobs[id] && !s.clients[id] {
 		s.apply(ObserveBusy{id, false})
 	}
 }

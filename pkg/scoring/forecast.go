@@ -129,7 +129,7 @@ func (f *Forecast) expose(to time.Time) {
 		for h := range f.exposure {
 			f.exposure[h] += float64(whole)
 		}
-		f.seenTo = f.seenTo.Add(whole * week)
+		f.seenTo = f.seenTo.AddDate(0, 0, 7*int(whole))
 	}
 	for f.seenTo.Before(to) {
 		end := f.seenTo.Truncate(time.Hour).Add(time.Hour)

@@ -76,7 +76,7 @@ func parkable(f *Fleet, n *Node) scoring.Node {
 }
 
 func (h *forecaster) Plan(f *Fleet) Plan {
-	if h.next > f.Now && !(h.arrived && h.bounds.Prewarm) {
+	if h.next > f.Now && (!h.arrived || !h.bounds.Prewarm) {
 		return Plan{Next: h.next}
 	}
 	h.arrived = false
