@@ -153,7 +153,7 @@ func BenchmarkMemory(b *testing.B) {
 		end()
 		all := heap()
 		fleet, view := o.fleet, o.view.Load()
-		o = nil //nolint:ineffassign,wastedassign // what it held may go
+		o = nil //nolint:wastedassign // what it held may go
 		core := heap()
 		runtime.KeepAlive(fleet)
 		runtime.KeepAlive(view)
