@@ -192,11 +192,19 @@ func table(t *testing.T, c *cluster, resource string) (columns []string, rows []
 	must(t, err)
 	var answer metav1.Table
 	must(t, json.Unmarshal(body, &answer))
-	for _, d := range answer.ColumnDefinitions {
-		columns = append(columns, strings.ToUpper(d.Name))
+	var shown []int // without -o wide
+	for i, d := range answer.ColumnDefinitions {
+		if d.Priority == 0 {
+			shown = append(shown, i)
+			columns = append(columns, strings.ToUpper(d.Name))
+		}
 	}
 	for _, r := range answer.Rows {
-		rows = append(rows, r.Cells)
+		var cells []any
+		for _, i := range shown {
+			cells = append(cells, r.Cells[i])
+		}
+		rows = append(rows, cells)
 	}
 	return columns, rows
 }
