@@ -108,7 +108,7 @@ func (g *Group) advance(id model.InstanceID, now time.Time, out *Outcome) {
 		// A node that never registered or is dead has nothing to drain.
 		// Otherwise our taint must be on, and a live read must have found it
 		// idle since.
-		if registered && !dead(node, now) && (!node.Draining || !m.tainted || g.busy[id] || !m.confirmed) {
+		if registered && !dead(node, now) && (!node.Draining || g.busy[id] || !m.confirmed) {
 			return
 		}
 		intent.Stage, intent.Since = StageStopping, now
@@ -298,7 +298,7 @@ func (g *Group) done(e Done, now time.Time) {
 			case Taint:
 				m.tainted = true
 			case Untaint:
-				m.tainted, m.takenBack = false, false
+				m.takenBack = false
 			}
 		}
 		if !e.Effect.Verb.Cloud() {

@@ -87,8 +87,8 @@ type member struct {
 	cloud   model.Instance
 	hidden  bool
 	missing int // snapshots in a row without it
-	// adopted: nobody asked for it. It may be the cloud's own replacement of
-	// an instance that is not yet known to be lost.
+	// adopted: nobody asked for it, and instances are missing: it may be the
+	// cloud's own replacement of one that is not yet known to be lost.
 	adopted bool
 	// readySince is the first of the Refreshes at which the node was Ready,
 	// zero when it was not at the last one; refreshes counts those at which it
@@ -455,6 +455,7 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 			g.record.Intents[i.ID] = Intent{model.DesiredGone, StageStopping, now}
 		}
 	}
+	missing := false
 	for _, id := range g.memberIDs() {
 		m := g.members[id]
 		if seen[id] {
@@ -464,9 +465,15 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 			m.missing++
 		}
 		if m.missing < lostAfter && m.cloud.State != model.InstanceTerminating {
+			missing = true
 			continue
 		}
 		g.vanish(id, now, out)
+	}
+	if !missing { // nothing that could have been replaced
+		for _, m := range g.members {
+			m.adopted = false
+		}
 	}
 	if first {
 		g.firstRead = s.TakenAt
@@ -525,7 +532,7 @@ func (g *Group) lose(id model.InstanceID, reason string, out *Outcome) {
 		g.drop(id)
 	} else if r := g.replacement(); r != nil {
 		g.drop(id)
-		if r.adopted = false; !m.hidden {
+		if r.adopted = false; !m.hidden && r.hidden {
 			g.reveal(r)
 		}
 	}
@@ -536,7 +543,7 @@ func (g *Group) lose(id model.InstanceID, reason string, out *Outcome) {
 // one that it lost, nil when there is none.
 func (g *Group) replacement() *member {
 	for _, id := range g.memberIDs() {
-		if m := g.members[id]; m.adopted && m.hidden && !g.leaving(id) {
+		if m := g.members[id]; m.adopted && !g.leaving(id) {
 			return m
 		}
 	}
@@ -683,6 +690,7 @@ func (g *Group) revealMembers(n int, out *Outcome, match func(model.InstanceID) 
 		m := g.members[id]
 		if revealed < n && m.hidden && !g.leaving(id) && match(id) {
 			g.reveal(m)
+			m.adopted = false // CA has asked for it
 			out.note(CommitFirst, "absorb", "hidden", 1, id)
 			revealed++
 		}

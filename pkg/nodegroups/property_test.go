@@ -16,7 +16,23 @@ import (
 func TestAnythingMayHappen(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		s := newSim(t)
-		s.run(rapid.IntRange(1, 200).Draw(t, "steps"))
+		s.run(rapid.IntRange(1, 150).Draw(t, "steps"))
+		s.converge()
+	})
+}
+
+// TestDrainsAndParking looks closer at what ends and brings back nodes: little
+// else happens, so that it happens often and close together.
+func TestDrainsAndParking(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s := newSim(t)
+		s.run(6, "all is well")
+		s.run(rapid.IntRange(1, 100).Draw(t, "steps"),
+			"scale down", "scale down again", "delete", "increase", "job starts", "job ends",
+			"call lands", "call ends", "call fails", "cluster is observed", "cluster is observed, more than once",
+			"read is answered", "read is delivered", "time passes briefly", "time passes briefly, again",
+			"instances move", "kubelet acts", "all boots", "refresh", "provider restarts",
+			"all is well", "all is quick")
 		s.converge()
 	})
 }

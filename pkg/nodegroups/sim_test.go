@@ -89,7 +89,7 @@ func newSim(t *rapid.T) *sim {
 	s.foreign = rapid.IntRange(0, 3).Draw(t, "old instances")
 	s.w.desired = s.foreign
 	s.w.launch()
-	for id := range s.w.instances { // some of it stopped
+	for _, id := range s.w.ids() { // some of it stopped
 		if rapid.IntRange(0, 4).Draw(t, "stopped") == 0 {
 			s.w.set(id, model.InstanceStopped)
 			s.w.desired--
@@ -135,16 +135,18 @@ func (s *sim) begin() {
 // do nothing. More frequent ones are named more often.
 func (s *sim) actions() map[string]func() {
 	return map[string]func(){
-		"time passes":         s.timePasses,
-		"call lands":          s.callLands,
-		"call ends":           s.callEnds,
-		"call ends, quickly":  s.callEnds,
-		"call fails":          s.callFails,
-		"read begins":         s.beginRead,
-		"read is answered":    s.answerRead,
-		"read is delivered":   s.deliverRead,
-		"read is repeated":    s.repeatRead,
-		"cluster is observed": s.observeNext,
+		"time passes":                s.timePasses,
+		"time passes briefly":        func() { s.pass(time.Second) },
+		"time passes briefly, again": func() { s.pass(5 * time.Second) },
+		"call lands":                 s.callLands,
+		"call ends":                  s.callEnds,
+		"call ends, quickly":         s.callEnds,
+		"call fails":                 s.callFails,
+		"read begins":                s.beginRead,
+		"read is answered":           s.answerRead,
+		"read is delivered":          s.deliverRead,
+		"read is repeated":           s.repeatRead,
+		"cluster is observed":        s.observeNext,
 		"cluster is observed, more than once": func() {
 			for range 5 {
 				s.observeNext()
@@ -190,14 +192,20 @@ func (s *sim) actions() map[string]func() {
 	}
 }
 
-func (s *sim) run(steps int) {
+// run takes steps among the named actions, all for none.
+func (s *sim) run(steps int, names ...string) {
 	actions := s.actions()
-	names := slices.Sorted(maps.Keys(actions))
+	if len(names) == 0 {
+		names = slices.Sorted(maps.Keys(actions))
+	}
 	// Draws favour what comes first: every run has favourites of its own.
 	seed := rapid.Uint64().Draw(s.t, "favourites")
 	rand.New(rand.NewPCG(seed, 0)).Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
 	for range steps {
 		name := rapid.SampledFrom(names).Draw(s.t, "action")
+		if actions[name] == nil {
+			s.t.Fatalf("there is no action %q", name)
+		}
 		actions[name]()
 		s.notice()
 		s.check()
@@ -403,7 +411,7 @@ func (s *sim) answerRead() {
 					r.content.Instances = slices.Delete(r.content.Instances, at, at+1)
 				}
 			}
-			for id := range s.g.tombstones { // listed for longer than it lived
+			for _, id := range slices.Sorted(maps.Keys(s.g.tombstones)) { // listed for longer than it lived
 				if _, exists := s.w.instances[id]; !exists && strings.HasPrefix(string(id), "i-") {
 					r.content.Instances = append(r.content.Instances, model.Instance{ID: id, State: model.InstanceTerminating})
 				}
@@ -483,6 +491,10 @@ func (s *sim) timePasses() {
 	by := rapid.SampledFrom([]time.Duration{
 		100 * time.Millisecond, time.Second, 6 * time.Second, 30 * time.Second, 2 * time.Minute, 6 * time.Minute, 15 * time.Minute,
 	}).Draw(s.t, "by")
+	s.pass(by)
+}
+
+func (s *sim) pass(by time.Duration) {
 	for by > 0 {
 		slice := min(by, watchLag/2)
 		by -= slice

@@ -47,6 +47,7 @@ type story struct {
 	clients map[model.InstanceID]bool
 	hold    bool
 	held    []Effect
+	blind   bool
 	// fail is the error with which effects end, and how.
 	fail map[Verb]string
 	out  strings.Builder
@@ -158,6 +159,14 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 		s.begin(s.stored, list("omitted")...)
 	case "newcomer": // a provider that has no record of the group
 		s.begin(Record{})
+	case "blind": // Nodes are observed late: not before "see"
+		s.blind = true
+	case "see":
+		s.blind = false
+		for _, id := range slices.Sorted(maps.Keys(s.world.nodes)) {
+			s.watch(id)
+		}
+		s.settle()
 	case "show":
 		s.show()
 	default:
@@ -443,6 +452,9 @@ func (s *story) look() {
 
 // watch has the state of one Node observed.
 func (s *story) watch(id model.InstanceID) {
+	if s.blind {
+		return
+	}
 	if n, ok := s.world.nodes[id]; ok {
 		s.apply(ObserveNode{n})
 	} else {
