@@ -235,8 +235,9 @@ func (g *Group) nodeEffects(now time.Time) []Effect {
 				add(Confirm, node)
 			}
 		case intended && intent.Stage == StageStopping:
-			// A reading that is older than the Node says nothing about it.
-			if m.cloud.State != "" && !active(m.cloud.State) && !node.Created.After(g.snapshot.TakenAt) {
+			// A reading that is older than the Node says nothing about it;
+			// creation times come in whole seconds.
+			if m.cloud.State != "" && !active(m.cloud.State) && g.snapshot.TakenAt.Sub(node.Created) > time.Second {
 				add(DeleteNode, node)
 			}
 		case node.Draining || m.takenBack:

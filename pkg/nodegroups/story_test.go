@@ -290,10 +290,10 @@ func (s *story) node(t *testing.T, d *datadriven.TestData, args []model.Instance
 	for _, id := range args[1:] {
 		switch args[0] {
 		case "registers":
-			w.register(id)
+			s.register(id)
 		case "ready":
 			if _, ok := w.nodes[id]; !ok {
-				w.register(id)
+				s.register(id)
 			}
 			w.ready(id, true)
 		case "unready":
@@ -528,4 +528,11 @@ func (s *story) show() {
 			cmp.Or(string(w.instances[id].State), "-"), node, cmp.Or(string(status[id].Phase), "-"), counts, sees)
 	}
 	_ = table.Flush()
+}
+
+// register lets a Node appear that is a little older than the next reading:
+// creation times come in whole seconds, and one that is as new says nothing.
+func (s *story) register(id model.InstanceID) {
+	s.world.register(id)
+	s.world.change(id, func(n *model.Node) { n.Created = n.Created.Add(-2 * time.Second) })
 }
