@@ -23,6 +23,7 @@ type owner struct {
 	fleet       map[model.GroupID]*nodegroups.Group
 	declared    map[model.GroupID]model.NodeGroup
 	releasedAt  map[model.InstanceID]time.Time      // since when the plan lets a node go
+	wantedAt    map[model.InstanceID]time.Time      // since when the forecast pays for a node
 	promised    map[model.GroupID]nodegroups.Record // of groups that are not declared now
 	annotations map[model.GroupID]map[string]string // of the RunnerNodeGroup objects
 	problems    map[model.GroupID][]nodegroups.AnnotationError
@@ -33,6 +34,7 @@ type owner struct {
 	dirty       map[model.GroupID]bool
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
+	learnt      map[model.GroupID]*learnt
 	marking     map[model.InstanceID]marking
 	reported    map[model.GroupID]map[model.InstanceID]report
 	summaries   map[model.GroupID]model.GroupSummary
@@ -55,6 +57,7 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		fleet:       map[model.GroupID]*nodegroups.Group{},
 		declared:    map[model.GroupID]model.NodeGroup{},
 		releasedAt:  map[model.InstanceID]time.Time{},
+		wantedAt:    map[model.InstanceID]time.Time{},
 		annotations: map[model.GroupID]map[string]string{},
 		problems:    map[model.GroupID][]nodegroups.AnnotationError{},
 		registered:  map[model.InstanceID]model.Node{},
@@ -63,6 +66,7 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		groupOf:     map[model.InstanceID]model.GroupID{},
 		dirty:       map[model.GroupID]bool{},
 		history:     newHistory(),
+		learnt:      map[model.GroupID]*learnt{},
 		marking:     map[model.InstanceID]marking{},
 		reported:    map[model.GroupID]map[model.InstanceID]report{},
 		summaries:   map[model.GroupID]model.GroupSummary{},
@@ -201,6 +205,7 @@ func (o *owner) redeclare(groups []model.NodeGroup) {
 			delete(o.reported, id)
 			delete(o.summaries, id)
 			delete(o.recordAfter, id)
+			delete(o.learnt, id)
 			o.cfg.Metrics.ForgetGroup(string(id))
 		}
 	}
@@ -235,18 +240,30 @@ func (o *owner) seePod(c podChange, now time.Time) {
 	if c.gone {
 		see = o.history.gone
 	}
-	started := see(p, instance, now)
+	news := see(p, instance, now)
 	group := o.groupOf[instance]
-	if started == nil || o.fleet[group] == nil {
+	if group == "" {
+		group = p.Group
+	}
+	o.arrived(p, group, c.gone, now)
+	g := o.fleet[group]
+	if news == nil || g == nil {
 		return
 	}
+	if news.ended {
+		o.learntOf(g).memory.Keys.Finished(news.key, news.warm, news.took)
+	}
+	if !news.started {
+		return
+	}
+	o.learntOf(g).memory.Ledger.Job(g.Node(instance).ReadyChanged.After(p.Created))
 	temperature := "cold"
-	if started.warm {
+	if news.warm {
 		temperature = "warm"
 	}
 	o.cfg.Metrics.Jobs.WithLabelValues(string(group), temperature).Inc()
-	o.cfg.Metrics.JobWait.WithLabelValues(string(group)).Observe(max(started.wait, 0).Seconds())
-	o.log.Info("CI job started", "nodegroup", group, "node", p.Node, "key", p.Key, "temperature", temperature, "waited", started.wait)
+	o.cfg.Metrics.JobWait.WithLabelValues(string(group)).Observe(max(news.wait, 0).Seconds())
+	o.log.Info("CI job started", "nodegroup", group, "node", p.Node, "key", p.Key, "temperature", temperature, "waited", news.wait)
 }
 
 func (o *owner) observeNode(c nodeChange) {

@@ -72,6 +72,7 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 			delete(reported, instance)
 			delete(o.marking, instance)
 			delete(o.releasedAt, instance)
+			delete(o.wantedAt, instance)
 			o.records.dropNode(instance)
 			o.release(instance)
 			changed = true

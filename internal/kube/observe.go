@@ -97,7 +97,7 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 	if p.Status.StartTime != nil {
 		out.Started = p.Status.StartTime.Time
 	}
-	out.Finished = finished(p)
+	out.Finished, out.Failed = finished(p), p.Status.Phase == corev1.PodFailed
 	if label := p.Spec.NodeSelector[v1alpha1.NodeGroupLabel]; label != "" {
 		out.Group = r.groupOf(label)
 	}

@@ -140,12 +140,12 @@ func TestPodFrom(t *testing.T) {
 				Phase:      corev1.PodFailed,
 				Conditions: []corev1.PodCondition{{LastTransitionTime: at(9)}},
 			},
-		}, model.Pod{Node: "n", Kind: model.PodRunner, Finished: at(9).Time}},
+		}, model.Pod{Node: "n", Kind: model.PodRunner, Finished: at(9).Time, Failed: true}},
 		{"failed, nothing known", corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{CreationTimestamp: at(0)},
 			Spec:       corev1.PodSpec{NodeName: "n"},
 			Status:     corev1.PodStatus{Phase: corev1.PodFailed},
-		}, model.Pod{Node: "n", Kind: model.PodRunner, Created: at(0).Time, Finished: at(0).Time}},
+		}, model.Pod{Node: "n", Kind: model.PodRunner, Created: at(0).Time, Finished: at(0).Time, Failed: true}},
 		{"engine of a DaemonSet", corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{
 				OwnerReferences: owner("DaemonSet"),

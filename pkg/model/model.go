@@ -234,6 +234,8 @@ type Pod struct {
 	Kind PodKind
 	// Created, Started and Finished as in the pod's status.
 	Created, Started, Finished time.Time
+	// Failed: it has finished, and not with success.
+	Failed bool
 	// Group is the node group that the pod asks for by its node selector,
 	// empty when it does not say.
 	Group GroupID
@@ -248,9 +250,3 @@ const (
 	PodRunner                 // runs CI jobs: keeps its node busy until it finishes
 	PodEngine                 // a Dagger engine
 )
-
-// KeyUse is what is known of one cache key on one node.
-type KeyUse struct {
-	Last  time.Time // end of the last job of this key, or its start while it runs
-	Count int       // jobs of this key that ran here
-}

@@ -285,6 +285,18 @@ func (g *Group) Unborn() (revealed, hidden int) {
 	return max(revealed, 0), max(hidden, 0)
 }
 
+// Coming returns how many hidden instances are on their way: wanted, and not
+// Ready yet.
+func (g *Group) Coming() int {
+	_, coming := g.Unborn()
+	for id, m := range g.members {
+		if m.hidden && !g.leaving(id) && g.neverReady(id) {
+			coming++
+		}
+	}
+	return coming
+}
+
 func (g *Group) hasIntent(id model.InstanceID) bool {
 	_, ok := g.record.Intents[id]
 	return ok
@@ -883,13 +895,7 @@ func (g *Group) prescale(e Prescale, now time.Time, out *Outcome) {
 	if !g.synced || !g.settings.Runner() || now.Before(g.prescaleFrom) {
 		return
 	}
-	_, coming := g.Unborn()
-	for id, m := range g.members {
-		if m.hidden && !g.leaving(id) && g.neverReady(id) {
-			coming++
-		}
-	}
-	n := min(e.Want-coming, g.settings.PrescaleMax-g.record.Hidden, g.spec.Max-g.record.Target-g.record.Hidden)
+	n := min(e.Want-g.Coming(), g.settings.PrescaleMax-g.record.Hidden, g.spec.Max-g.record.Target-g.record.Hidden)
 	if n <= 0 {
 		return
 	}

@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -449,9 +448,6 @@ func BenchmarkRun(b *testing.B) {
 		world := simulate.DefaultWorld()
 		world.MaxNodes = size.nodes
 		for _, p := range simulate.Policies() {
-			if strings.HasPrefix(p.Name, "hearth") {
-				continue // plans over all nodes too often for this size; known, and to be mended
-			}
 			b.Run(fmt.Sprintf("%s/%d", p.Name, size.nodes), func(b *testing.B) {
 				for b.Loop() {
 					if _, err := simulate.Run(trace, world, p, simulate.Options{Seed: 1}); err != nil {

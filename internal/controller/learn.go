@@ -1,0 +1,132 @@
+package controller
+
+import (
+	"time"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
+	"github.com/hearth-ci/hearth/pkg/scoring"
+)
+
+const (
+	// unknownPrice of a node, in $/h, is a round figure for the 8-core spot
+	// instances that CI runs on; parkedShare of a node's price is what its disk
+	// costs while it is stopped (100 GB of gp3).
+	unknownPrice = 0.40
+	parkedShare  = 0.03
+	// usualBoot and usualResume are taken until nodes of the group were seen to
+	// start: what EC2 instances of EKS take.
+	usualBoot, usualResume = 120 * time.Second, 45 * time.Second
+	// longStart is more than a start that means anything takes.
+	longStart = 15 * time.Minute
+	// fresh is how old a pod may be and still be told as arriving: after a
+	// restart there are those that did long ago.
+	fresh = 10 * time.Minute
+)
+
+// learnt is what a group's policy has learnt, and what is being observed for
+// it. It lives in memory: after a restart the policy keeps nodes as long as the
+// rent-or-buy bound says until it knows better.
+type learnt struct {
+	memory *scoring.Memory
+	jobs   int // that run or wait, as far as they were told to arrive
+	// starting are the nodes that are on their way, since when, and whether they
+	// were parked. boot and resume are how long that took of late.
+	starting     map[model.InstanceID]start
+	boot, resume time.Duration
+}
+
+type start struct {
+	since  time.Time
+	resume bool
+}
+
+func (o *owner) learntOf(g *nodegroups.Group) *learnt {
+	id := g.Spec().ID
+	l := o.learnt[id]
+	if l == nil {
+		l = &learnt{boot: usualBoot, resume: usualResume, starting: map[model.InstanceID]start{}}
+		l.memory = scoring.NewMemory(l.costs(g.Settings()))
+		o.learnt[id] = l
+	}
+	return l
+}
+
+// costs are what the plan weighs against each other.
+func (l *learnt) costs(s nodegroups.Settings) scoring.Costs {
+	c := scoring.Costs{
+		Running: unknownPrice, TimeValue: s.TimeValue, ColdPenalty: s.ColdPenalty, Boot: l.boot, Resume: l.resume,
+	}
+	if s.NodePrice != nil {
+		c.Running = *s.NodePrice
+	}
+	c.Parked = parkedShare * c.Running
+	if s.ParkedPrice != nil {
+		c.Parked = *s.ParkedPrice
+	}
+	return c
+}
+
+// arrived takes in that a pod asks for a node of the group, once that is known,
+// or does no longer.
+func (o *owner) arrived(p model.Pod, group model.GroupID, gone bool, now time.Time) {
+	seen := o.history.pods[p.UID]
+	g := o.fleet[group]
+	over := gone || !p.Finished.IsZero()
+	switch {
+	case seen.group != "" && over:
+		if l := o.learnt[seen.group]; l != nil && l.jobs > 0 {
+			l.jobs--
+		}
+		seen.group = ""
+	case seen.group == "" && !over && g != nil && g.Settings().Runner():
+		l := o.learntOf(g)
+		l.jobs++
+		seen.group = group
+		if key := p.Key; now.Sub(p.Created) < fresh {
+			slots := g.Settings().JobsPerNode
+			l.memory.JobArrived(scoring.KeyOf(key), (l.jobs+slots-1)/slots, now)
+		}
+	default:
+		return
+	}
+	if !gone {
+		o.history.pods[p.UID] = seen
+	}
+}
+
+// observe takes in how a group's nodes are: how long those that started took,
+// and for the ledger how many are busy and idle.
+func (l *learnt) observe(nodes []nodegroups.NodeStatus, now time.Time) {
+	busy, idle := 0, 0
+	starting := map[model.InstanceID]start{}
+	for _, n := range nodes {
+		switch n.Phase {
+		case model.PhaseLaunching, model.PhaseResuming:
+			starting[n.ID] = start{n.Since, n.Phase == model.PhaseResuming}
+		case model.PhaseReady:
+			if s, was := l.starting[n.ID]; was && n.Node.Ready && !s.since.IsZero() {
+				l.took(s.resume, n.Node.ReadyChanged.Sub(s.since))
+			}
+			if n.Busy {
+				busy++
+			} else {
+				idle++
+			}
+		}
+	}
+	l.starting = starting
+	l.memory.Ledger.Nodes(busy, idle, now)
+}
+
+// took takes in how long a start took: the average of late.
+func (l *learnt) took(resume bool, d time.Duration) {
+	if d <= 0 || d > longStart {
+		return
+	}
+	usual := &l.boot
+	if resume {
+		usual = &l.resume
+	}
+	*usual += (d - *usual) / 5
+}
