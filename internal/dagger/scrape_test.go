@@ -115,9 +115,9 @@ func TestReadBadEngines(t *testing.T) {
 			}
 		}, "no answer in time"},
 		"redirects": {func(w http.ResponseWriter, r *http.Request) {
-			http.Redirect(w, r, "http://"+elsewhere.Addr.String(), 302)
+			http.Redirect(w, r, "http://"+elsewhere.Addr.String(), http.StatusFound)
 		}, "it answered 302 Found"},
-		"refuses":     {func(w http.ResponseWriter, _ *http.Request) { http.Error(w, idle, 503) }, "it answered 503 Service Unavailable"},
+		"refuses":     {func(w http.ResponseWriter, _ *http.Request) { http.Error(w, idle, http.StatusServiceUnavailable) }, "it answered 503 Service Unavailable"},
 		"no metrics":  {http.NotFound, "it answered 404 Not Found"},
 		"HTML":        {answer("<html>dagger_connected_clients 0</html>"), "line 1 is not Prometheus text"},
 		"truncated":   {answer(strings.TrimSuffix(idle, "8e+11\n")), "line 5 is cut off"},

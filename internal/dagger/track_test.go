@@ -4,6 +4,8 @@ import (
 	"testing"
 	"time"
 
+	"pgregory.net/rapid"
+
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
@@ -214,4 +216,64 @@ func TestVersionChanges(t *testing.T) {
 			t.Errorf("version %q: %+v; want the old one to be %q", tt.version, got, tt.old)
 		}
 	}
+}
+
+// TestActivityByTheBook compares the tracker with one that keeps all readings and goes
+// through them from the start whenever it is asked.
+func TestActivityByTheBook(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		tracker, now := NewTracker(), start
+		var all []model.EngineReading
+		for range rapid.IntRange(1, 40).Draw(t, "readings") {
+			now = now.Add(rapid.SampledFrom([]time.Duration{0, time.Second, 30 * time.Second, staleAfter, staleAfter + 1}).Draw(t, "later"))
+			r := model.EngineReading{Node: "n", At: now, Pod: rapid.SampledFrom([]string{"x", "x", "x", "y"}).Draw(t, "pod"), CacheBytes: -1}
+			r.Clients = rapid.SampledFrom([]int{0, 0, 1}).Draw(t, "clients")
+			if rapid.IntRange(0, 9).Draw(t, "fails") == 0 {
+				r = model.EngineReading{Node: "n", At: now, CacheBytes: -1, Unknown: "why"}
+			}
+			tracker.Observe(r)
+			if len(all) == 0 || r.At.After(all[len(all)-1].At) {
+				all = append(all, r)
+			}
+			now = now.Add(rapid.SampledFrom([]time.Duration{0, 0, time.Minute}).Draw(t, "asked after"))
+			if got, want := tracker.State("n", now).Activity, byTheBook(all, now); got != want {
+				t.Fatalf("%v; want %v after %+v", got, want, all)
+			}
+		}
+	})
+}
+
+func byTheBook(all []model.EngineReading, now time.Time) Activity {
+	activity := Unknown
+	var fresh time.Time // the newest that held
+	pod := ""
+	for i, r := range all {
+		if i > 0 && r.At.Sub(all[i-1].At) > staleAfter || r.Unknown == "" && r.Pod != pod {
+			activity = Unknown
+		}
+		if r.Unknown != "" {
+			continue
+		}
+		fresh, pod = r.At, r.Pod
+		// row says whether this and the n-1 readings before it are alike.
+		row := func(n int, alike func(clients int) bool) bool {
+			for j := i; j > i-n; j-- {
+				if j < 0 || all[j].Unknown != "" || all[j].Pod != r.Pod || !alike(all[j].Clients) ||
+					j < i && all[j+1].At.Sub(all[j].At) > staleAfter {
+					return false
+				}
+			}
+			return true
+		}
+		switch {
+		case row(2, func(clients int) bool { return clients > 0 }):
+			activity = Busy
+		case row(3, func(clients int) bool { return clients == 0 }):
+			activity = Idle
+		}
+	}
+	if now.Sub(fresh) > staleAfter {
+		return Unknown
+	}
+	return activity
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"regexp"
@@ -330,5 +331,61 @@ func TestReadAndTracked(t *testing.T) {
 	want(dagger.Idle, 0, true)
 	if want := fmt.Sprintf("%+v", dagger.Change{Lost: true, Before: gib}); told != want {
 		t.Errorf("told %q; want %q", told, want)
+	}
+}
+
+// TestSchedules drives engines through random jobs, stops, kills and starts, and
+// compares what is left with what v0.21.8 would leave: all after exit 0, nothing after a
+// kill, and never a part.
+func TestSchedules(t *testing.T) {
+	keys := []string{"a", "b", "c"}
+	for seed := range uint64(20) {
+		random := rand.New(rand.NewPCG(seed, 0))
+		dir := t.TempDir()
+		e := start(t, dir)
+		held := map[string]int64{}
+		story := ""
+		for range 20 {
+			step := random.IntN(6)
+			switch story += fmt.Sprint(step); step {
+			default: // a job
+				key, bytes := keys[random.IntN(len(keys))], 1+random.Int64N(1000)
+				if warm := run(t, e, key, bytes); warm != (held[key] > 0) {
+					t.Fatalf("seed %d, steps %s: job of %s: warm %v; it holds %v", seed, story, key, warm, held)
+				}
+				held[key] = max(held[key], bytes)
+			case 0, 1: // a stop, half of them beside a client that leaves
+				client := connect(t, e, "", 0)
+				if step == 0 {
+					client.Close()
+				}
+				e.Stop()
+				client.Close()
+				if code := exit(t, e); code != 0 {
+					t.Fatalf("seed %d, steps %s: exit code %d", seed, story, code)
+				}
+				e = start(t, dir)
+			case 2: // a kill, half of them during a stop, which may be faster
+				stopping := random.IntN(2) == 0
+				if stopping {
+					e.Stop()
+				}
+				e.Kill()
+				clean := exit(t, e) == 0
+				e = start(t, dir)
+				// One that was killed between marking its data clean and its end
+				// keeps them: then it keeps all.
+				marked := stopping && slices.ContainsFunc(keys, func(key string) bool { return enginetest.Bytes(dir, key) > 0 })
+				if !clean && !marked {
+					clear(held)
+				}
+			}
+			for _, key := range keys {
+				if got := enginetest.Bytes(dir, key); got != held[key] {
+					t.Fatalf("seed %d, steps %s: %d bytes of %s; want %d", seed, story, got, key, held[key])
+				}
+			}
+		}
+		e.Kill()
 	}
 }
