@@ -201,7 +201,14 @@ func stripNode(obj any) {
 func stripPod(obj any) {
 	if p, ok := obj.(*corev1.Pod); ok {
 		p.ManagedFields = nil
-		p.Spec = corev1.PodSpec{NodeName: p.Spec.NodeName, NodeSelector: p.Spec.NodeSelector}
+		kept := corev1.PodSpec{
+			NodeName: p.Spec.NodeName, NodeSelector: p.Spec.NodeSelector,
+			TerminationGracePeriodSeconds: p.Spec.TerminationGracePeriodSeconds,
+		}
+		for _, c := range p.Spec.Containers {
+			kept.Containers = append(kept.Containers, corev1.Container{Name: c.Name, Image: c.Image})
+		}
+		p.Spec = kept
 	}
 }
 

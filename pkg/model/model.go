@@ -239,6 +239,11 @@ type Pod struct {
 	// Group is the node group that the pod asks for by its node selector,
 	// empty when it does not say.
 	Group GroupID
+	// IP is the address of the pod, empty until it has one.
+	IP string
+	// Engine tells of the container in which the engine runs; nil unless the
+	// pod is an engine's.
+	Engine *EngineContainer
 }
 
 // PodKind tells what a pod is to Hearth.
