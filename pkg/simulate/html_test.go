@@ -297,7 +297,7 @@ func TestPageHeadline(t *testing.T) {
 			"developers wait 500 minutes more", "Cheaper still is ca-default, by $500.",
 		}},
 		{"the same", []simulate.Result{base, result("hearth", 2000, 10_000, 60_000, 25)}, []string{"That is the same over", "The nodes cost the same; developers wait the same"}},
-		{"another of hearth’s", []simulate.Result{base, result("hearth-forecast", 4.5, 4.25, 0, 960)}, []string{"Hearth costs $8.75 where"}},
+		{"another of hearth’s", []simulate.Result{base, result("hearth@45", 4.5, 4.25, 0, 960)}, []string{"Hearth costs $8.75 where"}},
 		{"no hearth", []simulate.Result{base, result("always-on", 9000, 0, 0, 500)}, []string{"60 CI jobs, 2 ways to keep nodes for them", "always-on costs least: $9,000"}},
 		{"nothing to compare", []simulate.Result{base}, []string{"60 CI jobs under ca-default", "ca-default costs least: $12,000"}},
 		{"nothing at all", nil, []string{"60 CI jobs, 0 ways"}},
