@@ -262,28 +262,21 @@ func (p *planner) answer(ranked []*candidate) Answer {
 // worth half of the first; copies in stock come before all. It costs keys ×
 // log(nodes) for each node.
 func (p *planner) rank(stock Stock) []*candidate {
-	type copyOf struct {
-		node, use int
-		warmth    float64
-	}
-	copies := make(map[Key][]copyOf)
-	for i, n := range p.Nodes {
-		for j, u := range n.held() {
-			if w := u.Warmth(p.Now); w > 0 {
-				copies[u.Key] = append(copies[u.Key], copyOf{i, j, w})
-			}
-		}
-	}
+	copies, order := p.copies()
 	values := make([]struct {
 		hit, saves [KeysHeld]float64
 	}, len(p.Nodes))
-	for key, nodes := range copies {
-		slices.SortFunc(nodes, func(a, b copyOf) int {
-			return cmp.Or(cmp.Compare(b.warmth, a.warmth), cmp.Compare(p.Nodes[a.node].Instance, p.Nodes[b.node].Instance))
-		})
+	for i, c := range copies {
+		if i > 0 && c.key == copies[i-1].key {
+			continue
+		}
+		key := order[c.key]
 		share, saves := p.Memory.Keys.Of(key)
 		share = math.Ldexp(share, -stock.copies[key])
-		for _, c := range nodes {
+		for _, c := range copies[i:] {
+			if c.key != copies[i].key {
+				break
+			}
 			v := &values[c.node]
 			v.hit[c.use], v.saves[c.use] = share*c.warmth, saves
 			share /= 2
@@ -298,6 +291,54 @@ func (p *planner) rank(stock Stock) []*candidate {
 	}
 	slices.SortFunc(ranked, byValue(func(c *candidate) float64 { return c.verdict.Score }))
 	return ranked
+}
+
+// copyOf a key is held by a node's use.
+type copyOf struct {
+	key, node, use int32
+	warmth         float64
+}
+
+// copies returns what the nodes are warm for, key by key, the warmest first, and
+// the keys by their number.
+func (p *planner) copies() ([]copyOf, []Key) {
+	number := make(map[Key]int32, min(len(p.Nodes)*KeysHeld, MaxKeys))
+	var order []Key
+	copies := make([]copyOf, 0, len(p.Nodes)*KeysHeld)
+	for i, n := range p.Nodes {
+		for j, u := range n.held() {
+			w := u.Warmth(p.Now)
+			if w == 0 {
+				continue
+			}
+			k, known := number[u.Key]
+			if !known {
+				k = int32(len(order))
+				number[u.Key] = k
+				order = append(order, u.Key)
+			}
+			copies = append(copies, copyOf{k, int32(i), int32(j), w})
+		}
+	}
+	// By key without comparing: a counting sort.
+	begin := make([]int32, len(order)+1)
+	for _, c := range copies {
+		begin[c.key+1]++
+	}
+	for k := range order {
+		begin[k+1] += begin[k]
+	}
+	sorted, next := make([]copyOf, len(copies)), slices.Clone(begin)
+	for _, c := range copies {
+		sorted[next[c.key]] = c
+		next[c.key]++
+	}
+	for k := range order {
+		slices.SortFunc(sorted[begin[k]:begin[k+1]], func(a, b copyOf) int {
+			return cmp.Or(cmp.Compare(b.warmth, a.warmth), cmp.Compare(p.Nodes[a.node].Instance, p.Nodes[b.node].Instance))
+		})
+	}
+	return sorted, order
 }
 
 // value works out what a node is expected to save the next job, in seconds. One

@@ -1,6 +1,8 @@
 package simulate
 
 import (
+	"cmp"
+	"slices"
 	"strconv"
 	"time"
 
@@ -21,9 +23,10 @@ type hearth struct {
 	// every hour, since copies age.
 	stock   scoring.Stock
 	counted int64
-	// The plans for idle and for parked nodes do not change before.
-	idleNext, parkedNext int64
-	arrived              bool
+	// The plans for idle and for parked nodes were made at, and do not change
+	// before next, but for nodes that became idle since.
+	idle, parked struct{ at, next int64 }
+	arrived      bool
 }
 
 // hearthNode is a node as the policy sees it, and what the stock counts of it.
@@ -130,12 +133,14 @@ func (h *hearth) Finished(f *Fleet, p *Pod) {
 	s.Uses = scoring.Used(s.Uses, scoring.Use{Key: h.key(f, p.Key), Last: time.Unix(f.Now, 0), Count: n.Uses[0].Count})
 	h.put(f, n, true)
 	h.memory.Keys.Finished(h.key(f, p.Key), p.Warm, time.Duration(p.Took)*time.Second)
-	// Whatever else is true it stays for a while, so nothing is planned yet.
-	h.idleNext = min(h.idleNext, f.Now+seconds(scoring.Settle(h.costs, h.bounds.Park)))
 }
 
-// tick is how often the live controller plans at most.
+// tick is how often the policy plans at most, in seconds; the live controller
+// does every 5.
 const tick = 10
+
+// nextTick is the tick at t, or the next one.
+func nextTick(t int64) int64 { return (t + tick - 1) / tick * tick }
 
 func (h *hearth) Place(f *Fleet, p *Pod) Choice {
 	c := h.choose(f, p)
@@ -219,26 +224,43 @@ func (h *hearth) Plan(f *Fleet) Plan {
 	var plan Plan
 	ahead := 0
 	switch {
-	case f.Now >= h.idleNext:
+	case f.Now >= h.idle.next || f.Now%tick == 0 && h.settled(f):
 		request.Nodes = h.seen(f.Idle)
 		var answer scoring.Answer
 		answer, ahead = scoring.DecideIdle(request, len(f.Resumable))
 		h.carryOut(f, &plan, f.Idle, answer)
-		h.idleNext = max(answer.Next.Unix(), f.Now+tick)
+		h.idle.at, h.idle.next = f.Now, nextTick(max(answer.Next.Unix(), f.Now+1))
 	case h.arrived:
 		ahead = scoring.Ahead(request, len(f.Idle), len(f.Resumable))
 	}
 	h.arrived = false
-	if f.Now >= h.parkedNext || ahead > 0 {
+	if f.Now >= h.parked.next || ahead > 0 {
 		stock := scoring.NewStock(h.seen(f.Idle), request.Now)
 		request.Nodes = h.seen(f.Resumable)
 		request.Bounds.Busy += len(f.Idle)
 		answer := scoring.DecideParked(request, stock, ahead)
 		h.carryOut(f, &plan, f.Resumable, answer)
-		h.parkedNext = max(answer.Next.Unix(), f.Now+tick)
+		h.parked.next = nextTick(max(answer.Next.Unix(), f.Now+1))
 	}
-	plan.Next = min(h.idleNext, h.parkedNext)
+	plan.Next = min(h.idle.next, h.parked.next)
+	if settle := h.settle(); len(f.Idle) > 0 {
+		// Whatever else is true a node stays for a while once it is idle.
+		i, _ := slices.BinarySearchFunc(f.Idle, f.Now-settle+1, func(n *Node, t int64) int { return cmp.Compare(n.Since, t) })
+		if i < len(f.Idle) {
+			plan.Next = min(plan.Next, nextTick(f.Idle[i].Since+settle))
+		}
+	}
 	return plan
+}
+
+func (h *hearth) settle() int64 { return seconds(scoring.Settle(h.costs, h.bounds.Park)) }
+
+// settled says whether a node has become idle, and has stayed so for as long as
+// any does, since the last plan.
+func (h *hearth) settled(f *Fleet) bool {
+	settle := h.settle()
+	i, _ := slices.BinarySearchFunc(f.Idle, h.idle.at-settle+1, func(n *Node, t int64) int { return cmp.Compare(n.Since, t) })
+	return i < len(f.Idle) && f.Idle[i].Since+settle <= f.Now
 }
 
 // seen are nodes as the policy sees them.
