@@ -403,10 +403,13 @@ func (p *planner) planIdle(idle []*candidate, parked int) {
 		s := p.Costs.running(p.Bounds.Park, c.lost)
 		bound := s.bound()
 		low, high := scale(bound, 1/trust), scale(bound, trust)
-		rate := p.Memory.Forecast.Rate(k, p.Now)
-		pays := s.pays(rate, margin) && !p.silent(s)
 		if p.Bounds.MaxIdle != nil {
 			p.soonest(c.node.IdleSince.Add(*p.Bounds.MaxIdle))
+		}
+		var rate float64
+		pays := func() bool {
+			rate = p.Memory.Forecast.Rate(k, p.Now)
+			return s.pays(rate, margin) && !p.silent(s)
 		}
 		switch {
 		case k <= p.Bounds.MinWarm:
@@ -418,11 +421,11 @@ func (p *planner) planIdle(idle []*candidate, parked int) {
 		case since < settle && since < low:
 			p.soonest(c.node.IdleSince.Add(min(settle, low)))
 			p.because(c, model.DecisionKeep, "recent", "idle for %s, which is less than going and coming back takes", round(since))
-		case pays && since < high:
+		case pays() && since < high:
 			p.soonest(c.node.IdleSince.Add(high))
 			p.soonest(p.Now.Add(lookAgain))
 			p.because(c, model.DecisionKeep, wanted, "%.2f times an hour jobs need %d nodes at once, which pays its rent of $%.2f/h", rate, k, s.rent)
-		case pays:
+		case pays():
 			p.because(c, leave, "bound", "idle for %s: whatever is forecast, the rent paid is %.1f times what its absence costs", round(since), since.Hours()/bound.Hours())
 		case since < low && !p.Memory.Ledger.affords(s, trust, 0, given+1):
 			p.soonest(c.node.IdleSince.Add(low))

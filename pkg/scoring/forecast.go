@@ -52,6 +52,7 @@ type Forecast struct {
 	// decayedAt is when the weights above were last decayed.
 	decayedAt time.Time
 	exposure  [HoursOfWeek]float64 // hours observed, decayed like the weights
+	observed  float64              // their sum
 	seenTo    time.Time            // exposure is counted up to here
 	// came and usual are the batches of late, and how many usually come in that
 	// time; both fade within an hour.
@@ -122,6 +123,7 @@ func (f *Forecast) expose(to time.Time) {
 		for h := range f.exposure {
 			f.exposure[h] += float64(whole)
 		}
+		f.observed += float64(whole) * HoursOfWeek
 		f.seenTo = f.seenTo.AddDate(0, 0, 7*int(whole))
 		f.came, f.usual = 0, 0
 	}
@@ -132,6 +134,7 @@ func (f *Forecast) expose(to time.Time) {
 		}
 		f.came, f.usual = f.fade(end)
 		f.exposure[HourOfWeek(f.seenTo)] += end.Sub(f.seenTo).Hours()
+		f.observed += end.Sub(f.seenTo).Hours()
 		f.seenTo = end
 	}
 	if since := to.Sub(f.decayedAt); since >= week {
@@ -148,6 +151,7 @@ func (f *Forecast) expose(to time.Time) {
 		for h := range f.exposure {
 			f.exposure[h] *= d
 		}
+		f.observed *= d
 		f.decayedAt = to
 	}
 }
@@ -199,7 +203,7 @@ func (f *Forecast) Mean(n int) float64 {
 	if n < 1 || n > len(f.all) {
 		return 0
 	}
-	return f.all[n-1] / max(f.observed(), 24)
+	return f.all[n-1] / max(f.observed, 24)
 }
 
 // Uses is how many times an hour the group's nodes are used, the m-th at m-1,
@@ -207,20 +211,12 @@ func (f *Forecast) Mean(n int) float64 {
 // need m nodes. It falls with m but for chance, which is smoothed away.
 func (f *Forecast) Uses() []float64 {
 	uses := make([]float64, len(f.levels))
-	hours, most := max(f.observed(), 24), 0.0
+	hours, most := max(f.observed, 24), 0.0
 	for i, u := range slices.Backward(f.levels) {
 		most = max(most, u)
 		uses[i] = most / hours
 	}
 	return uses
-}
-
-// observed is the number of hours observed, old ones counting less.
-func (f *Forecast) observed() (hours float64) {
-	for _, e := range f.exposure {
-		hours += e
-	}
-	return hours
 }
 
 // Weeks is the time since the first observation.

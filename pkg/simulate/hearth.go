@@ -137,7 +137,7 @@ func (h *hearth) Finished(f *Fleet, p *Pod) {
 
 // tick is how often the policy plans at most, in seconds; the live controller
 // does every 5.
-const tick = 10
+const tick = 20
 
 // nextTick is the tick at t, or the next one.
 func nextTick(t int64) int64 { return (t + tick - 1) / tick * tick }
@@ -234,6 +234,9 @@ func (h *hearth) Plan(f *Fleet) Plan {
 		ahead = scoring.Ahead(request, len(f.Idle), len(f.Resumable))
 	}
 	h.arrived = false
+	if !f.CanStart() {
+		ahead = 0
+	}
 	if f.Now >= h.parked.next || ahead > 0 {
 		stock := scoring.NewStock(h.seen(f.Idle), request.Now)
 		request.Nodes = h.seen(f.Resumable)
