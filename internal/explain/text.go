@@ -58,6 +58,7 @@ func (p printer) item(heading, format string, args ...any) {
 // WriteTable writes a line for each group and one for each of its nodes.
 func (r *Report) WriteTable(w io.Writer) error {
 	return printed(w, r.At, func(p printer) {
+		p.linef("plan of %s", moment(r.At))
 		if len(r.Groups) == 0 {
 			p.linef("no node groups")
 		}
@@ -170,6 +171,8 @@ func (p printer) since(t *time.Time) string {
 	}
 	return span(p.now.Sub(*t))
 }
+
+func moment(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC") }
 
 // span is a duration in at most two units.
 func span(d time.Duration) string {

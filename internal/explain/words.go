@@ -3,11 +3,13 @@ package explain
 import (
 	"fmt"
 	"io"
+	"time"
 )
 
 // WriteText writes a group in words, then its nodes.
 func (g *Group) WriteText(w io.Writer) error {
 	return printed(w, g.At, func(p printer) {
+		p.linef("plan of %s", moment(g.At))
 		p.linef("%s", g.headline())
 		for _, problem := range g.Problems {
 			p.item("problem", "%s", problem)
@@ -50,14 +52,14 @@ func (g *Group) policy(p printer) {
 }
 
 func (g *Group) expects(f Forecast) string {
-	if f.Weeks == 0 && f.BatchesPerHour == 0 {
-		return "nothing yet: no batch of jobs has come since this process began to lead"
+	if f.BatchesPerHour == 0 {
+		return "nothing yet: no whole batch of jobs has come since this process began to lead"
 	}
 	text := fmt.Sprintf("%.2f batches of jobs an hour now", f.BatchesPerHour)
 	if f.IdleNodes > 1 {
 		text += fmt.Sprintf(", %.2f that need the %d idle nodes at once", f.IdleBatchesPerHour, f.IdleNodes)
 	}
-	return text + fmt.Sprintf("; observed for %.1f weeks", f.Weeks)
+	return text + "; observed for " + span(time.Duration(f.Weeks*7*24*float64(time.Hour)))
 }
 
 // next writes who goes next.
@@ -109,7 +111,7 @@ func (g *Group) WriteNode(w io.Writer, n *Node) error {
 			state += " (" + n.Phase + ")"
 		}
 		if n.Since != nil {
-			state += fmt.Sprintf(" for %s, since %s", p.since(n.Since), n.Since.UTC().Format("2006-01-02 15:04:05 UTC"))
+			state += fmt.Sprintf(" for %s, since %s", p.since(n.Since), moment(*n.Since))
 		}
 		if n.LastUsed != nil && n.State != StateBusy {
 			state += fmt.Sprintf("; a job last ran here %s ago", p.since(n.LastUsed))
