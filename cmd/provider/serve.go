@@ -24,6 +24,7 @@ import (
 
 	"github.com/hearth-ci/hearth/internal/config"
 	"github.com/hearth-ci/hearth/internal/controller"
+	"github.com/hearth-ci/hearth/internal/explain"
 	"github.com/hearth-ci/hearth/internal/kube"
 	"github.com/hearth-ci/hearth/internal/kwok"
 	"github.com/hearth-ci/hearth/internal/server"
@@ -164,6 +165,7 @@ func (p *provider) listen() error {
 	}
 	p.http, err = telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
+		API: explain.Handler(p.controller.Report),
 	})
 	return err
 }

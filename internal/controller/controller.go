@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/hearth-ci/hearth/internal/explain"
 	"github.com/hearth-ci/hearth/internal/telemetry"
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
@@ -73,6 +74,7 @@ type Controller struct {
 	log      *slog.Logger
 	view     atomic.Pointer[nodegroups.FleetView]
 	spare    atomic.Pointer[map[model.GroupID]spare]
+	report   atomic.Pointer[explain.Report]
 	commands chan *command
 	groups   chan []model.NodeGroup
 	results  chan result

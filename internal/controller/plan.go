@@ -32,6 +32,7 @@ func (o *owner) plan() {
 			o.planGroup(g, now)
 		}
 	}
+	o.explainPlan(now)
 }
 
 func (o *owner) planGroup(g *nodegroups.Group, now time.Time) {

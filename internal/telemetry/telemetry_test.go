@@ -209,6 +209,7 @@ func TestHTTP(t *testing.T) {
 	unready.Store(true)
 	server, err := telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listener, Gatherer: reg, Logger: slog.New(slog.DiscardHandler),
+		API: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { _, _ = io.WriteString(w, "the API at "+q.URL.Path) }),
 		Ready: func() error {
 			if unready.Load() {
 				return errors.New("waiting for the first snapshot")
@@ -252,6 +253,7 @@ func TestHTTP(t *testing.T) {
 	unready.Store(false)
 	check("GET", "/readyz", 200, "ok")
 	check("GET", "/metrics", 200, `hearth_nodegroup_target_size{nodegroup="a"} 3`)
+	check("GET", "/api/v1/x", 200, "the API at /api/v1/x")
 	check("POST", "/metrics", 405, "")
 	check("GET", "/", 404, "")
 
