@@ -143,8 +143,11 @@ func (o *owner) scored(n nodegroups.NodeStatus, now time.Time) scoring.Node {
 			since = u.Last
 		}
 	}
-	if n.Phase == model.PhaseParked && len(uses) > 0 {
-		since = uses[0].Last
+	if n.Phase == model.PhaseParked {
+		since = n.Since
+		if len(uses) > 0 {
+			since = uses[0].Last
+		}
 	}
 	return scoring.Node{Instance: n.ID, IdleSince: since, ReleasedAt: o.releasedAt[n.ID], WantedAt: o.wantedAt[n.ID], Uses: uses}
 }
