@@ -237,6 +237,8 @@ type Pod struct {
 	// Group is the node group that the pod asks for by its node selector,
 	// empty when it does not say.
 	Group GroupID
+	// Engine is the state of an engine, zero for other pods.
+	Engine EngineState
 }
 
 // PodKind tells what a pod is to Hearth.
