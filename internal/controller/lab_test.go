@@ -101,7 +101,7 @@ func (l *lab) prepare() {
 	l.cluster.watch(l.world)
 	l.metrics = telemetry.NewMetrics(prometheus.NewRegistry())
 	cfg := Config{
-		Backend: l.cloud, Store: l.store.open(), Nodes: l.cluster, Pods: l.cluster, Events: l.events, World: l.world,
+		Backend: l.cloud, Store: l.store.open(), Nodes: l.cluster, Pods: l.cluster, Engines: l.cluster, Events: l.events, World: l.world,
 		Watched: func() bool { return true }, Groups: l.groups, Metrics: l.metrics,
 		Logger:   slog.New(slog.NewTextHandler(l.log, nil)),
 		OnSynced: func() { l.synced++ },
@@ -186,7 +186,7 @@ func (l *lab) state() string {
 		}
 	}
 	for _, n := range l.cluster.all() {
-		fmt.Fprintf(&b, "  node %s %s ready %v draining %v marks %+v jobs %d\n", n.Name, n.ID, n.Ready, n.Draining, n.Marks, l.cluster.jobs(n.Name))
+		fmt.Fprintf(&b, "  node %s %s ready %v draining %v marks %+v jobs %d engines %+v\n", n.Name, n.ID, n.Ready, n.Draining, n.Marks, l.cluster.jobs(n.Name), l.cluster.enginesOn(n.Name))
 	}
 	const most = 4000
 	return string(b.Bytes()[:min(b.Len(), most)])

@@ -201,7 +201,14 @@ func stripNode(obj any) {
 func stripPod(obj any) {
 	if p, ok := obj.(*corev1.Pod); ok {
 		p.ManagedFields = nil
-		p.Spec = corev1.PodSpec{NodeName: p.Spec.NodeName, NodeSelector: p.Spec.NodeSelector}
+		var names []corev1.Container
+		for _, c := range p.Spec.Containers {
+			names = append(names, corev1.Container{Name: c.Name})
+		}
+		p.Spec = corev1.PodSpec{
+			NodeName: p.Spec.NodeName, NodeSelector: p.Spec.NodeSelector, Containers: names,
+			Tolerations: p.Spec.Tolerations, TerminationGracePeriodSeconds: p.Spec.TerminationGracePeriodSeconds,
+		}
 	}
 }
 

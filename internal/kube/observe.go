@@ -101,6 +101,9 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 	if label := p.Spec.NodeSelector[v1alpha1.NodeGroupLabel]; label != "" {
 		out.Group = r.groupOf(label)
 	}
+	if out.Kind == model.PodEngine {
+		out.Engine = engineFrom(p)
+	}
 	if out.Kind == model.PodRunner {
 		group := out.Group
 		if group == "" && out.Node != "" {

@@ -152,7 +152,7 @@ func TestPodFrom(t *testing.T) {
 				Labels:          map[string]string{"app.kubernetes.io/name": "dagger-helm"},
 			},
 			Spec: corev1.PodSpec{NodeName: "n"},
-		}, model.Pod{Node: "n", Kind: model.PodEngine}},
+		}, model.Pod{Node: "n", Kind: model.PodEngine, Engine: model.EngineState{Grace: 30 * time.Second}}},
 		{"DaemonSet", corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Name: "logs", OwnerReferences: owner("DaemonSet"), CreationTimestamp: at(0)},
 			Spec:       corev1.PodSpec{NodeName: "n"},
