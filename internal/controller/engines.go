@@ -30,16 +30,23 @@ type engines struct {
 type cache struct {
 	bytes int64  // as last measured, zero when it never was
 	pod   string // of the engine that said so in this life of its node
+	// unverified: the node has come back, and its engine has not said yet what
+	// it found.
+	unverified bool
 	// lostAt is when a cache was last lost there, why a CamelCase word and a
 	// sentence.
 	lostAt      time.Time
 	lost, story string
 }
 
-// conditionCacheLost is the RunnerNode condition that says when and why a cache
-// was last lost. It outlives a restart: jobs that began before say nothing
-// about what is on the disk.
-const conditionCacheLost = "CacheLost"
+// RunnerNode conditions. CacheLost says when and why a cache was last lost; it
+// outlives a restart, since jobs that began before say nothing about what is on
+// the disk. CacheVerified is false while a resumed node's engine has not said
+// what it found: until then it is warm by its history alone.
+const (
+	conditionCacheLost     = "CacheLost"
+	conditionCacheVerified = "CacheVerified"
+)
 
 func newEngines() engines {
 	return engines{
@@ -54,10 +61,13 @@ func newEngines() engines {
 
 // restore takes over what an earlier life remembered of an instance.
 func (e *engines) restore(r model.NodeRecord) {
-	c := cache{bytes: r.CacheBytes}
+	c := cache{bytes: r.CacheBytes, unverified: r.CacheBytes > 0 && r.Node == ""}
 	for _, condition := range r.Conditions {
-		if condition.Type == conditionCacheLost {
+		switch condition.Type {
+		case conditionCacheLost:
 			c.lostAt, c.lost, c.story = condition.Since, condition.Reason, condition.Message
+		case conditionCacheVerified:
+			c.unverified = !condition.True
 		}
 	}
 	if c != (cache{}) {
@@ -155,7 +165,7 @@ func (o *owner) seeUse(u model.EngineUse, now time.Time) {
 	}
 	if u.CacheBytes > 0 {
 		c := e.caches[id]
-		c.bytes, c.pod = u.CacheBytes, u.Pod
+		c.bytes, c.pod, c.unverified = u.CacheBytes, u.Pod, false
 		e.caches[id] = c
 	}
 }
@@ -165,7 +175,7 @@ func (o *owner) seeUse(u model.EngineUse, now time.Time) {
 func (o *owner) engineUnused(id model.InstanceID) {
 	delete(o.engines.uses, id)
 	if c, ok := o.engines.caches[id]; ok {
-		c.pod = ""
+		c.pod, c.unverified = "", c.bytes > 0
 		o.engines.caches[id] = c
 	}
 	o.applyTo(id, nodegroups.ObserveUse{Instance: id})
@@ -175,7 +185,8 @@ func (o *owner) engineUnused(id model.InstanceID) {
 func (o *owner) loseCache(id model.InstanceID, reason, story string, now time.Time) {
 	o.history.reset(id)
 	c := o.engines.caches[id]
-	c.bytes, c.lostAt, c.lost, c.story = 0, now.Truncate(time.Second), reason, story
+	c.bytes, c.unverified = 0, false
+	c.lostAt, c.lost, c.story = now.Truncate(time.Second), reason, story
 	o.engines.caches[id] = c
 	o.dirty[o.groupOf[id]] = true
 	o.log.Warn("an engine's cache is lost", "nodegroup", o.groupOf[id], "instance", id, "reason", reason, "detail", story)
@@ -209,6 +220,12 @@ func (o *owner) describeEngine(r *model.NodeRecord) {
 	if !c.lostAt.IsZero() {
 		r.Conditions = append(r.Conditions, model.Condition{
 			Type: conditionCacheLost, True: true, Reason: c.lost, Message: c.story, Since: c.lostAt,
+		})
+	}
+	if c.unverified && r.Phase == model.PhaseReady {
+		r.Conditions = append(r.Conditions, model.Condition{
+			Type: conditionCacheVerified, Reason: "NotMeasuredYet", Since: r.Since.Truncate(time.Second),
+			Message: fmt.Sprintf("%d MiB were left to the engine; it has not said what it found", c.bytes>>20),
 		})
 	}
 }

@@ -102,6 +102,10 @@ func TestEngineThatDoesNotEndCleanlyIsNotParked(t *testing.T) {
 				node := l.warmNode("repo")
 				l.drain(node)
 				l.within(tt.atMost, "an exit", func() bool { return l.store.record(runners).Intents[node.ID].Exit == tt.exit })
+				l.within(time.Minute, "a RunnerNode that says why", func() bool {
+					r := l.store.nodeRecords()[node.ID]
+					return r.Phase == model.PhaseTerminating && r.Decision == model.DecisionRelease && strings.Contains(r.Reason, tt.reason)
+				})
 				l.within(time.Minute, "the end of the machine", func() bool { return len(l.cloud.machines(runners)) == 0 })
 				if lives := l.cloud.lives[node.ID]; strings.Contains(lives, "stopped") {
 					t.Errorf("the machine's life: %s", lives)
@@ -235,8 +239,16 @@ func TestCacheIsVerifiedAfterAResume(t *testing.T) {
 				l.within(time.Minute, "the node again", func() bool {
 					return len(l.ready()) == 1 && len(l.cluster.enginesOn(l.ready()[0].Name)) == 1
 				})
-				sample(tt.found)
 				l.phase(node.ID, model.PhaseReady)
+				unverified := func() bool {
+					c := l.store.nodeRecords()[node.ID].Conditions
+					return len(c) == 1 && c[0].Type == "CacheVerified" && !c[0].True
+				}
+				l.within(10*time.Second, "not verified", unverified)
+				sample(tt.found)
+				if got := unverified(); got != (tt.found == 0) {
+					t.Errorf("after the sample, still unverified: %t", got)
+				}
 				if tt.warm {
 					l.always(time.Minute, "warm", func() bool { return l.warmFor(node.ID, "repo") })
 				} else {

@@ -34,6 +34,7 @@ type owner struct {
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
 	engines     engines
+	ended       map[model.InstanceID]string // why the cloud is to end it, where the plan had meant to keep it
 	marking     map[model.InstanceID]marking
 	reported    map[model.GroupID]map[model.InstanceID]report
 	summaries   map[model.GroupID]model.GroupSummary
@@ -65,6 +66,7 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		dirty:       map[model.GroupID]bool{},
 		history:     newHistory(),
 		engines:     newEngines(),
+		ended:       map[model.InstanceID]string{},
 		marking:     map[model.InstanceID]marking{},
 		reported:    map[model.GroupID]map[model.InstanceID]report{},
 		summaries:   map[model.GroupID]model.GroupSummary{},

@@ -57,6 +57,9 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 			// brought them here is worth keeping.
 			r.Score, r.Decision, r.Reason = before.record.Score, before.record.Decision, before.record.Reason
 		}
+		if why := o.ended[n.ID]; why != "" && r.Desired == model.DesiredGone {
+			r.Decision, r.Reason = model.DecisionRelease, why
+		}
 		o.describeEngine(&r)
 		if known && before.sameState(r) && now.Sub(before.at) < reportEvery {
 			continue
@@ -74,6 +77,7 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 			delete(reported, instance)
 			delete(o.marking, instance)
 			delete(o.releasedAt, instance)
+			delete(o.ended, instance)
 			o.records.dropNode(instance)
 			o.release(instance)
 			changed = true
@@ -165,6 +169,9 @@ func (o *owner) say(g *nodegroups.Group, notes []nodegroups.Note) {
 			if more != "" {
 				text += "; " + more
 			}
+		}
+		if n.Action == "terminate" {
+			o.ended[n.Instance] = text
 		}
 		if node, ok := o.nodeOf(n.Instance); ok {
 			o.cfg.Events.Node(node, severity, camel(n.Action), text)
