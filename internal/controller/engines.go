@@ -183,6 +183,9 @@ func (o *owner) engineUnused(id model.InstanceID) {
 
 // loseCache makes an instance cold: what its disk held is lost.
 func (o *owner) loseCache(id model.InstanceID, reason, story string, now time.Time) {
+	if g := o.fleet[o.groupOf[id]]; g == nil || !g.Settings().Runner() {
+		return
+	}
 	o.history.reset(id)
 	c := o.engines.caches[id]
 	c.bytes, c.unverified = 0, false

@@ -297,3 +297,51 @@ func TestOrphansAreLetGo(t *testing.T) {
 		})
 	}
 }
+
+// A parked node that does not come back is replaced within the same scale-up:
+// cluster-autoscaler is told the same size all the time.
+func TestResumeThatFailsIsReplaced(t *testing.T) {
+	for name, fail := range map[string]func(l *lab, id model.InstanceID){
+		"never registers": func(l *lab, id model.InstanceID) {
+			l.cloud.edit(runners, func(g *fakeGroup) { g.machines[id].deadBoot = true })
+		},
+		"cannot be started": func(l *lab, _ model.InstanceID) { l.cloud.only(failBefore, "start") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			experiment(t, parking(), func(t *testing.T, l *lab) {
+				withEngines(l)
+				node := l.warmNode("repo")
+				l.drain(node)
+				l.phase(node.ID, model.PhaseParked)
+				fail(l, node.ID)
+				l.refresh()
+				l.must(l.increase(runners, 1))
+				for end := time.Now().Add(8 * time.Minute); time.Now().Before(end); time.Sleep(10 * time.Second) {
+					l.refresh()
+					if v := l.view(runners); v.Target != 1 {
+						t.Fatalf("the target size became %d\n%s", v.Target, l.state())
+					}
+				}
+				ready := l.ready()
+				if len(ready) != 1 || ready[0].ID == node.ID || l.cloud.launches() != 2 {
+					t.Errorf("ready are %v after %d launches, want the second machine", ready, l.cloud.launches())
+				}
+				l.within(time.Minute, "the end of the first machine", func() bool { return len(l.cloud.machines(runners)) == 1 })
+			})
+		})
+	}
+}
+
+// A cloud that does not stop an instance is told to terminate it in the end.
+func TestStopThatFailsEndsInTermination(t *testing.T) {
+	experiment(t, parking(), func(t *testing.T, l *lab) {
+		withEngines(l)
+		node := l.warmNode("repo")
+		l.cloud.only(failBefore, "stop")
+		l.drain(node)
+		l.within(12*time.Minute, "the end of the machine", func() bool { return len(l.cloud.machines(runners)) == 0 })
+		if got := l.metric(l.metrics.ScaleEvents.WithLabelValues(string(runners), "terminate", "stop-failed")); got != 1 {
+			t.Errorf("stop-failed was counted %v times", got)
+		}
+	})
+}
