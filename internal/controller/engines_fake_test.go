@@ -19,6 +19,8 @@ type engineDaemons struct {
 	exit     int           // its exit code
 	stuck    bool          // it does not end, and no kubelet kills it
 	silent   bool          // the kubelet removes the pod without a word
+	// real runs them as processes; the fields above do not count then.
+	real *engineProcesses
 	// killed are the engines that were running when their machine ended.
 	killed map[model.InstanceID]string
 }
@@ -33,6 +35,10 @@ type fakeEngine struct {
 // the garbage collector.
 func (c *fakeCluster) runEngines(now time.Time) {
 	if c.daemons == nil {
+		return
+	}
+	if c.daemons.real != nil {
+		c.daemons.real.run(c, now)
 		return
 	}
 	on := map[model.NodeName]int{}
@@ -73,9 +79,9 @@ func (c *fakeCluster) runEngines(now time.Time) {
 	}
 }
 
-func (c *fakeCluster) startEngine(n model.Node) {
+func (c *fakeCluster) startEngine(n model.Node) (uid string) {
 	c.uid++
-	uid := fmt.Sprintf("engine-%03d", c.uid)
+	uid = fmt.Sprintf("engine-%03d", c.uid)
 	grace := c.daemons.grace
 	if grace == 0 {
 		grace = 5 * time.Minute
@@ -86,6 +92,7 @@ func (c *fakeCluster) startEngine(n model.Node) {
 	}}
 	c.engines[uid] = e
 	c.podChanged(e.Pod)
+	return uid
 }
 
 func (c *fakeCluster) dropEngine(e *fakeEngine) {
