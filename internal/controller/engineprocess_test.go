@@ -265,7 +265,7 @@ func TestNoByteIsLost(t *testing.T) {
 	for i := range schedules {
 		groups = append(groups, group(model.GroupID(fmt.Sprintf("g-%03d", i)), "max-idle", "1s", "park", "stop"))
 	}
-	root, err := os.MkdirTemp("", "hearth-engines-") // short: it is part of a socket's path
+	root, err := os.MkdirTemp("", "hearth-engines-") //nolint:usetesting // short: it is part of a socket's path
 	if err != nil {
 		t.Fatal(err)
 	}
