@@ -179,23 +179,24 @@ func (e *engineProcesses) run(c *fakeCluster, now time.Time) {
 		on[pod.Node]++
 		_, registered := c.nodes[pod.Node]
 		switch {
-		case !registered && !pod.Engine.Guarded, pod.Engine.Exited && !pod.Engine.Guarded:
+		case !pod.EngineState.Guarded && (!registered || pod.exited()):
 			c.dropEngine(pod)
-		case p == nil || pod.Engine.Exited:
-		case p.ended() && !pod.Engine.Deleting: // the kubelet starts it again
-			pod.Engine.Restarts, pod.Engine.LastExit = pod.Engine.Restarts+1, 137
+		case p == nil || pod.exited():
+		case p.ended() && !pod.EngineState.Deleting: // the kubelet starts it again
+			pod.EngineState.Restarts, pod.EngineState.LastExit = pod.EngineState.Restarts+1, 137
 			c.podChanged(pod.Pod)
 			e.start(uid, p.machine)
-		case pod.Engine.Deleting && !p.told:
+		case pod.EngineState.Deleting && !p.told:
 			p.told = true
 			_ = p.cmd.Process.Signal(syscall.SIGTERM)
 		case p.ended():
-			pod.Engine.Exited, pod.Engine.ExitCode = true, p.cmd.ProcessState.ExitCode()
-			if pod.Engine.ExitCode < 0 {
-				pod.Engine.ExitCode = 137
-			} else if pod.Engine.ExitCode == 0 {
+			code := p.cmd.ProcessState.ExitCode()
+			if code < 0 {
+				code = 137
+			} else if code == 0 {
 				e.stops++
 			}
+			pod.exit(code)
 			c.podChanged(pod.Pod)
 			delete(e.byPod, uid)
 		}

@@ -119,10 +119,11 @@ func (o *owner) seeEngine(c podChange, now time.Time) {
 		}
 		o.tellEngine(home)
 	}
-	switch clean := p.Engine.Exited && p.Engine.ExitCode == 0; {
+	code, ended := nodegroups.EngineExit(p)
+	switch clean := ended && code == 0; {
 	case e.uses[home].CacheBytes > 0: // the metrics will tell
-	case known && !c.gone && p.Engine.Restarts > before.Engine.Restarts && p.Engine.LastExit != 0:
-		o.loseCache(home, "EngineRestarted", fmt.Sprintf("the engine ended with exit code %d and was started again", p.Engine.LastExit), now)
+	case known && !c.gone && p.EngineState.Restarts > before.EngineState.Restarts && p.EngineState.LastExit != 0:
+		o.loseCache(home, "EngineRestarted", fmt.Sprintf("the engine ended with exit code %d and was started again", p.EngineState.LastExit), now)
 	case c.gone && !clean && o.names[p.Node] == home:
 		o.loseCache(home, "EngineReplaced", "the engine's pod went, and was not seen to end cleanly", now)
 	}
@@ -238,7 +239,7 @@ func (o *owner) describeEngine(r *model.NodeRecord) {
 // does that itself for its own.
 func (o *owner) releaseOrphans(now time.Time) {
 	release := func(p model.Pod) {
-		if !p.Engine.Guarded || now.Sub(o.engines.letGo[p.UID]) < 30*time.Second {
+		if !p.EngineState.Guarded || now.Sub(o.engines.letGo[p.UID]) < 30*time.Second {
 			return
 		}
 		o.engines.letGo[p.UID] = now

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
 
 // engineDaemons is a DaemonSet of engines. Its fields may be changed under the
@@ -31,6 +32,16 @@ type fakeEngine struct {
 	ends    time.Time
 }
 
+// exited says whether the engine has ended for good; exit has it end.
+func (e *fakeEngine) exited() bool {
+	_, ended := nodegroups.EngineExit(e.Pod)
+	return ended
+}
+
+func (e *fakeEngine) exit(code int) {
+	e.Engine = &model.EngineContainer{Grace: e.Engine.Grace, Exit: &model.ContainerExit{Code: int32(code)}}
+}
+
 // runEngines is the work of the DaemonSet controller, of the kubelets and of
 // the garbage collector.
 func (c *fakeCluster) runEngines(now time.Time) {
@@ -51,7 +62,7 @@ func (c *fakeCluster) runEngines(now time.Time) {
 	for _, uid := range slices.Sorted(maps.Keys(c.engines)) {
 		e := c.engines[uid]
 		on[e.Node]++
-		if !e.Engine.Exited && !running[e.machine] && e.machine != "" {
+		if !e.exited() && !running[e.machine] && e.machine != "" {
 			if c.daemons.killed == nil {
 				c.daemons.killed = map[model.InstanceID]string{}
 			}
@@ -59,15 +70,17 @@ func (c *fakeCluster) runEngines(now time.Time) {
 		}
 		_, registered := c.nodes[e.Node]
 		switch {
-		case !registered && !e.Engine.Guarded:
+		case !registered && !e.EngineState.Guarded:
 			c.dropEngine(e)
-		case e.Engine.Deleting && !e.Engine.Exited && running[e.machine] && !c.daemons.stuck && !now.Before(e.ends):
-			e.Engine.Exited, e.Engine.ExitCode = !c.daemons.silent, c.daemons.exit
+		case e.EngineState.Deleting && !e.exited() && running[e.machine] && !c.daemons.stuck && !now.Before(e.ends):
+			if !c.daemons.silent {
+				e.exit(c.daemons.exit)
+			}
 			c.podChanged(e.Pod)
-			if !e.Engine.Guarded || c.daemons.silent {
+			if !e.EngineState.Guarded || c.daemons.silent {
 				c.dropEngine(e)
 			}
-		case e.Engine.Deleting && e.Engine.Exited && !e.Engine.Guarded:
+		case e.exited() && !e.EngineState.Guarded:
 			c.dropEngine(e)
 		}
 	}
@@ -88,7 +101,7 @@ func (c *fakeCluster) startEngine(n model.Node) (uid string) {
 	}
 	e := &fakeEngine{machine: n.ID, Pod: model.Pod{
 		Namespace: "dagger", Name: uid, UID: uid, Kind: model.PodEngine, Node: n.Name, Created: time.Now().Truncate(time.Second),
-		Engine: model.EngineState{ToleratesDrain: c.daemons.tolerant, Grace: grace},
+		EngineState: model.EngineState{ToleratesDrain: c.daemons.tolerant}, Engine: &model.EngineContainer{Grace: grace},
 	}}
 	c.engines[uid] = e
 	c.podChanged(e.Pod)
@@ -106,11 +119,11 @@ func (c *fakeCluster) StopEngine(ctx context.Context, pod model.Pod) (gone bool,
 		c.state.Lock()
 		defer c.state.Unlock()
 		e := c.engines[pod.UID]
-		if gone = e == nil; gone || e.Engine.Deleting {
+		if gone = e == nil; gone || e.EngineState.Deleting {
 			return nil
 		}
 		c.history = append(c.history, fmt.Sprintf("stop-engine %s", e.Node))
-		e.Engine.Guarded, e.Engine.Deleting, e.ends = true, true, time.Now().Add(c.daemons.stops)
+		e.EngineState.Guarded, e.EngineState.Deleting, e.ends = true, true, time.Now().Add(c.daemons.stops)
 		c.podChanged(e.Pod)
 		return nil
 	})
@@ -121,8 +134,8 @@ func (c *fakeCluster) ReleaseEngine(ctx context.Context, pod model.Pod) error {
 	return c.call(ctx, "release-engine", func() error {
 		c.state.Lock()
 		defer c.state.Unlock()
-		if e := c.engines[pod.UID]; e != nil && e.Engine.Guarded {
-			e.Engine.Guarded = false
+		if e := c.engines[pod.UID]; e != nil && e.EngineState.Guarded {
+			e.EngineState.Guarded = false
 			c.podChanged(e.Pod)
 		}
 		return nil
@@ -147,7 +160,7 @@ func (c *fakeCluster) editEngines(name model.NodeName, change func(*model.Engine
 	defer c.state.Unlock()
 	for _, e := range c.engines {
 		if e.Node == name {
-			change(&e.Engine)
+			change(&e.EngineState)
 			c.podChanged(e.Pod)
 		}
 	}
@@ -159,7 +172,7 @@ func (c *fakeCluster) guarded() (n int) {
 	c.state.Lock()
 	defer c.state.Unlock()
 	for _, e := range c.engines {
-		if e.Engine.Guarded {
+		if e.EngineState.Guarded {
 			n++
 		}
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"slices"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -88,40 +87,36 @@ func (e *Engines) Uninstall(ctx context.Context) error {
 	}
 }
 
-// annotationDefaultContainer names the container that a pod is about.
-const annotationDefaultContainer = "kubectl.kubernetes.io/default-container"
+// stripPodOrEngine drops most of a pod, but not what engineState reads.
+func stripPodOrEngine(obj any) {
+	p, ok := obj.(*corev1.Pod)
+	if !ok {
+		return
+	}
+	tolerations := p.Spec.Tolerations
+	stripPod(p)
+	p.Spec.Tolerations = tolerations
+}
 
-// defaultGrace is what the API server fills in where a pod names none.
-const defaultGrace = 30 * time.Second
-
-// engineFrom says what matters of an engine's pod. The engine is its default
-// container, else the first.
-func engineFrom(p *corev1.Pod) model.EngineState {
+// engineState says what matters of an engine's pod, beside its container.
+func engineState(p *corev1.Pod) model.EngineState {
 	out := model.EngineState{
 		Deleting:       p.DeletionTimestamp != nil,
 		Guarded:        slices.Contains(p.Finalizers, finalizerExitCode),
 		ToleratesDrain: toleratesDrain(p.Spec.Tolerations),
-		Grace:          defaultGrace,
 	}
-	if s := p.Spec.TerminationGracePeriodSeconds; s != nil {
-		out.Grace = time.Duration(*s) * time.Second
+	containers := p.Spec.Containers
+	if len(containers) == 0 {
+		return out
 	}
-	name := p.Annotations[annotationDefaultContainer]
-	if name == "" && len(p.Spec.Containers) > 0 {
-		name = p.Spec.Containers[0].Name
-	}
-	over := p.Status.Phase == corev1.PodSucceeded || p.Status.Phase == corev1.PodFailed
+	at := max(0, slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == engineContainerName }))
 	for _, c := range p.Status.ContainerStatuses {
-		if c.Name != name {
+		if c.Name != containers[at].Name {
 			continue
 		}
 		out.Restarts = int(c.RestartCount)
-		if t := c.LastTerminationState.Terminated; t != nil {
-			out.LastExit = int(t.ExitCode)
-		}
-		// Else the kubelet starts it again.
-		if t := c.State.Terminated; t != nil && (over || out.Deleting) {
-			out.Exited, out.ExitCode = true, int(t.ExitCode)
+		if end := c.LastTerminationState.Terminated; end != nil {
+			out.LastExit = int(end.ExitCode)
 		}
 	}
 	return out

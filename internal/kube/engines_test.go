@@ -2,7 +2,6 @@ package kube
 
 import (
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
@@ -11,53 +10,35 @@ import (
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
-func TestEngineFrom(t *testing.T) {
-	terminated := func(code int32) corev1.ContainerState {
+func TestEngineState(t *testing.T) {
+	ended := func(code int32) corev1.ContainerState {
 		return corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: code}}
 	}
-	containers := []corev1.Container{{Name: "dagger-engine"}, {Name: "a-sidecar"}}
+	containers := []corev1.Container{{Name: "a-sidecar"}, {Name: "dagger-engine"}}
 	now := metav1.NewTime(morning)
 	for _, tt := range []struct {
 		name string
 		pod  corev1.Pod
 		want model.EngineState
 	}{
-		{"bare", corev1.Pod{}, model.EngineState{Grace: 30 * time.Second}},
+		{"bare", corev1.Pod{}, model.EngineState{}},
 		{"told to stop", corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now, Finalizers: []string{"theirs", "hearth.dev/exit-code"}},
-			Spec:       corev1.PodSpec{Containers: containers, TerminationGracePeriodSeconds: new(int64(300))},
-			Status:     corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{{Name: "dagger-engine"}}},
-		}, model.EngineState{Deleting: true, Guarded: true, Grace: 5 * time.Minute}},
-		{"killed, its sidecar ended well", corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now},
-			Spec:       corev1.PodSpec{Containers: containers},
-			Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{
-				{Name: "a-sidecar", State: terminated(0)}, {Name: "dagger-engine", State: terminated(137)},
-			}},
-		}, model.EngineState{Deleting: true, Grace: 30 * time.Second, Exited: true, ExitCode: 137}},
-		{"ended well, its sidecar did not", corev1.Pod{
-			ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now, Annotations: map[string]string{"kubectl.kubernetes.io/default-container": "engine"}},
-			Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "a-sidecar"}, {Name: "engine"}}},
-			Status: corev1.PodStatus{ContainerStatuses: []corev1.ContainerStatus{
-				{Name: "a-sidecar", State: terminated(143)}, {Name: "engine", State: terminated(0)},
-			}},
-		}, model.EngineState{Deleting: true, Grace: 30 * time.Second, Exited: true}},
-		{"evicted", corev1.Pod{
-			Spec: corev1.PodSpec{Containers: containers},
-			Status: corev1.PodStatus{Phase: corev1.PodFailed, ContainerStatuses: []corev1.ContainerStatus{
-				{Name: "dagger-engine", State: terminated(2)},
-			}},
-		}, model.EngineState{Grace: 30 * time.Second, Exited: true, ExitCode: 2}},
-		{"crashed, to be started again", corev1.Pod{
+		}, model.EngineState{Deleting: true, Guarded: true}},
+		{"tolerates everything", corev1.Pod{
+			Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}}},
+		}, model.EngineState{ToleratesDrain: true}},
+		{"started again, and so was its sidecar", corev1.Pod{
 			Spec: corev1.PodSpec{Containers: containers},
 			Status: corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{
-				{Name: "dagger-engine", State: terminated(1), LastTerminationState: terminated(2), RestartCount: 3},
+				{Name: "a-sidecar", LastTerminationState: ended(1), RestartCount: 9},
+				{Name: "dagger-engine", LastTerminationState: ended(2), RestartCount: 3},
 			}},
-		}, model.EngineState{Grace: 30 * time.Second, Restarts: 3, LastExit: 2}},
+		}, model.EngineState{Restarts: 3, LastExit: 2}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			stripPod(&tt.pod) // what is read must have been kept
-			if diff := cmp.Diff(tt.want, engineFrom(&tt.pod)); diff != "" {
+			stripPodOrEngine(&tt.pod) // what is read must have been kept
+			if diff := cmp.Diff(tt.want, engineState(&tt.pod)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

@@ -112,7 +112,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 	}
 	f.pods = &mirror[model.Pod]{
 		feed: f, items: map[types.UID]model.Pod{}, synced: make(chan struct{}),
-		strip: stripPod,
+		strip: stripPodOrEngine,
 		read: func(obj any) (model.Pod, bool) {
 			p := f.reader.pod(obj.(*corev1.Pod))
 			return p, p.Kind != model.PodIgnored
@@ -201,14 +201,14 @@ func stripNode(obj any) {
 func stripPod(obj any) {
 	if p, ok := obj.(*corev1.Pod); ok {
 		p.ManagedFields = nil
-		var names []corev1.Container
+		kept := corev1.PodSpec{
+			NodeName: p.Spec.NodeName, NodeSelector: p.Spec.NodeSelector,
+			TerminationGracePeriodSeconds: p.Spec.TerminationGracePeriodSeconds,
+		}
 		for _, c := range p.Spec.Containers {
-			names = append(names, corev1.Container{Name: c.Name})
+			kept.Containers = append(kept.Containers, corev1.Container{Name: c.Name, Image: c.Image})
 		}
-		p.Spec = corev1.PodSpec{
-			NodeName: p.Spec.NodeName, NodeSelector: p.Spec.NodeSelector, Containers: names,
-			Tolerations: p.Spec.Tolerations, TerminationGracePeriodSeconds: p.Spec.TerminationGracePeriodSeconds,
-		}
+		p.Spec = kept
 	}
 }
 

@@ -94,6 +94,7 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 		return out
 	}
 	out.Created = p.CreationTimestamp.Time
+	out.IP = p.Status.PodIP
 	if p.Status.StartTime != nil {
 		out.Started = p.Status.StartTime.Time
 	}
@@ -102,7 +103,7 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 		out.Group = r.groupOf(label)
 	}
 	if out.Kind == model.PodEngine {
-		out.Engine = engineFrom(p)
+		out.Engine = engineContainer(p)
 	}
 	if out.Kind == model.PodRunner {
 		group := out.Group
@@ -110,6 +111,9 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 			group = r.nodeGroup(out.Node)
 		}
 		out.Key = CacheKey(p.Labels, p.Annotations, r.keysFor(group))
+	}
+	if out.Kind == model.PodEngine {
+		out.EngineState = engineState(p)
 	}
 	return out
 }
@@ -126,6 +130,30 @@ func (r podReader) kind(p *corev1.Pod) model.PodKind {
 		return model.PodIgnored
 	}
 	return model.PodRunner
+}
+
+// engineContainerName is the container's name in Dagger's Helm chart.
+const engineContainerName = "dagger-engine"
+
+// engineContainer tells of the container that has the chart's name, else of the
+// first: what a cluster adds to pods usually comes after.
+func engineContainer(p *corev1.Pod) *model.EngineContainer {
+	out := &model.EngineContainer{Grace: corev1.DefaultTerminationGracePeriodSeconds * time.Second}
+	if s := p.Spec.TerminationGracePeriodSeconds; s != nil {
+		out.Grace = time.Duration(*s) * time.Second
+	}
+	containers := p.Spec.Containers
+	if len(containers) == 0 {
+		return out
+	}
+	at := max(0, slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == engineContainerName }))
+	out.Image = containers[at].Image
+	for _, c := range p.Status.ContainerStatuses {
+		if end := c.State.Terminated; c.Name == containers[at].Name && end != nil {
+			out.Exit = &model.ContainerExit{Code: end.ExitCode, At: end.FinishedAt.Time}
+		}
+	}
+	return out
 }
 
 // finished returns when the last container of a pod that is over ended, and

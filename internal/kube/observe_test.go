@@ -113,9 +113,9 @@ func TestPodFrom(t *testing.T) {
 				Labels: map[string]string{"key in group of n": "k"},
 			},
 			Spec:   corev1.PodSpec{NodeName: "n"},
-			Status: corev1.PodStatus{Phase: corev1.PodRunning, StartTime: new(at(1))},
+			Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: "10.0.0.7", StartTime: new(at(1))},
 		}, model.Pod{
-			Namespace: "ci", Name: "p", UID: "u", Node: "n", Kind: model.PodRunner, Key: "k",
+			Namespace: "ci", Name: "p", IP: "10.0.0.7", UID: "u", Node: "n", Kind: model.PodRunner, Key: "k",
 			Created: at(0).Time, Started: at(1).Time,
 		}},
 		{"pending runner that selects a group", corev1.Pod{
@@ -152,7 +152,7 @@ func TestPodFrom(t *testing.T) {
 				Labels:          map[string]string{"app.kubernetes.io/name": "dagger-helm"},
 			},
 			Spec: corev1.PodSpec{NodeName: "n"},
-		}, model.Pod{Node: "n", Kind: model.PodEngine, Engine: model.EngineState{Grace: 30 * time.Second}}},
+		}, model.Pod{Node: "n", Kind: model.PodEngine, Engine: &model.EngineContainer{Grace: 30 * time.Second}}},
 		{"DaemonSet", corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{Name: "logs", OwnerReferences: owner("DaemonSet"), CreationTimestamp: at(0)},
 			Spec:       corev1.PodSpec{NodeName: "n"},
@@ -168,6 +168,47 @@ func TestPodFrom(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if diff := cmp.Diff(tt.want, r.pod(&tt.pod)); diff != "" {
+				t.Errorf("(-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestEngineContainer(t *testing.T) {
+	ended := func(code int32) corev1.ContainerState {
+		return corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: code, FinishedAt: metav1.NewTime(morning)}}
+	}
+	running := corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}
+	exit := func(code int32) *model.ContainerExit { return &model.ContainerExit{Code: code, At: morning} }
+	proxy, engine := corev1.Container{Name: "proxy", Image: "p"}, corev1.Container{Name: "dagger-engine", Image: "e:1"}
+	other := corev1.Container{Name: "engine", Image: "e:2"}
+	for _, tt := range []struct {
+		name       string
+		containers []corev1.Container
+		statuses   []corev1.ContainerStatus
+		want       model.EngineContainer
+	}{
+		{"nothing known yet", []corev1.Container{engine}, nil, model.EngineContainer{Image: "e:1"}},
+		{"runs", []corev1.Container{engine}, []corev1.ContainerStatus{{Name: "dagger-engine", State: running}}, model.EngineContainer{Image: "e:1"}},
+		{"runs again after a crash", []corev1.Container{engine},
+			[]corev1.ContainerStatus{{Name: "dagger-engine", State: running, LastTerminationState: ended(137)}}, model.EngineContainer{Image: "e:1"}},
+		{"stopped", []corev1.Container{engine}, []corev1.ContainerStatus{{Name: "dagger-engine", State: ended(0)}}, model.EngineContainer{Image: "e:1", Exit: exit(0)}},
+		{"killed", []corev1.Container{engine}, []corev1.ContainerStatus{{Name: "dagger-engine", State: ended(137)}}, model.EngineContainer{Image: "e:1", Exit: exit(137)}},
+		{"another container ended", []corev1.Container{proxy, engine},
+			[]corev1.ContainerStatus{{Name: "dagger-engine", State: running}, {Name: "proxy", State: ended(1)}}, model.EngineContainer{Image: "e:1"}},
+		{"the engine before what was added", []corev1.Container{proxy, engine},
+			[]corev1.ContainerStatus{{Name: "dagger-engine", State: ended(0)}, {Name: "proxy", State: running}}, model.EngineContainer{Image: "e:1", Exit: exit(0)}},
+		{"another name: the first", []corev1.Container{other, proxy},
+			[]corev1.ContainerStatus{{Name: "engine", State: ended(0)}, {Name: "proxy", State: ended(1)}}, model.EngineContainer{Image: "e:2", Exit: exit(0)}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			pod := &corev1.Pod{
+				Spec:   corev1.PodSpec{Containers: tt.containers, TerminationGracePeriodSeconds: new(int64(300))},
+				Status: corev1.PodStatus{ContainerStatuses: tt.statuses},
+			}
+			tt.want.Grace = 300 * time.Second
+			stripPod(pod)
+			if diff := cmp.Diff(&tt.want, engineContainer(pod)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 		})

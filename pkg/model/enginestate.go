@@ -2,8 +2,8 @@ package model
 
 import "time"
 
-// EngineState is what matters of a pod that is a Dagger engine, beside what
-// matters of every pod.
+// EngineState is what matters of the pod of a Dagger engine when its node is to
+// go, beside what matters of its container.
 type EngineState struct {
 	// Deleting: the pod has been told to stop. Guarded: our finalizer keeps the
 	// pod's object until its exit code has been recorded.
@@ -11,11 +11,6 @@ type EngineState struct {
 	// ToleratesDrain: our drain taint does not keep such a pod away from a
 	// node: when it is deleted, its controller makes another one there.
 	ToleratesDrain bool
-	// Grace is the time that the pod is given to stop.
-	Grace time.Duration
-	// Exited: the engine has ended for good, with ExitCode.
-	Exited   bool
-	ExitCode int
 	// Restarts counts how often the engine was started again within the pod,
 	// LastExit is the exit code that it ended with before the last time.
 	Restarts, LastExit int

@@ -227,6 +227,8 @@ type Marks struct {
 // one.
 type Pod struct {
 	Namespace, Name, UID string
+	// EngineState is zero unless the pod is an engine's.
+	EngineState EngineState
 	// Node is empty until the pod is bound.
 	Node NodeName
 	Key  CacheKey
@@ -237,8 +239,11 @@ type Pod struct {
 	// Group is the node group that the pod asks for by its node selector,
 	// empty when it does not say.
 	Group GroupID
-	// Engine is the state of an engine, zero for other pods.
-	Engine EngineState
+	// IP is the address of the pod, empty until it has one.
+	IP string
+	// Engine tells of the container in which the engine runs; nil unless the
+	// pod is an engine's.
+	Engine *EngineContainer
 }
 
 // PodKind tells what a pod is to Hearth.

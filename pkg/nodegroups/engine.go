@@ -50,6 +50,20 @@ const (
 // Clean says whether the engine's cache is as it was.
 func (e Exit) Clean() bool { return e == ExitClean }
 
+// EngineExit returns the exit code of an engine that has ended for good. One
+// whose pod has neither ended nor been told to is started again.
+func EngineExit(p model.Pod) (code int, ended bool) {
+	if p.Engine == nil || p.Engine.Exit == nil || !p.EngineState.Deleting && p.Finished.IsZero() {
+		return 0, false
+	}
+	return int(p.Engine.Exit.Code), true
+}
+
+func runs(p model.Pod) bool {
+	_, ended := EngineExit(p)
+	return !ended
+}
+
 // beginDrain forgets what was found out in an earlier drain.
 func (m *member) beginDrain() {
 	m.tainted, m.confirmed, m.confirmedAt, m.engines, m.engineGone = false, false, time.Time{}, nil, ""
@@ -98,8 +112,8 @@ func (g *Group) advanceDrain(id model.InstanceID, intent Intent, now time.Time, 
 	// Pods that have ended may lie about; what counts is the one that runs.
 	engines := slices.Clone(m.engines)
 	slices.SortFunc(engines, func(a, b model.Pod) int {
-		if a.Engine.Exited != b.Engine.Exited {
-			return map[bool]int{false: -1, true: 1}[a.Engine.Exited]
+		if runs(a) != runs(b) {
+			return map[bool]int{true: -1, false: 1}[runs(a)]
 		}
 		return cmp.Or(b.Created.Compare(a.Created), cmp.Compare(a.UID, b.UID))
 	})
@@ -110,10 +124,10 @@ func (g *Group) advanceDrain(id model.InstanceID, intent Intent, now time.Time, 
 		reason = "sessions-stayed"
 	}
 	out.note(CommitFirst, "stop-engine", reason, 1, id)
-	if engine.Engine.ToleratesDrain {
+	if engine.EngineState.ToleratesDrain {
 		g.distrust(&intent, id, "engine-tolerates-taint", "", out)
 	}
-	if len(engines) > 1 && !engines[1].Engine.Exited {
+	if len(engines) > 1 && runs(engines[1]) {
 		g.distrust(&intent, id, "several-engines", fmt.Sprintf("%d engine pods run on one node", len(engines)), out)
 	}
 	g.record.Intents[id] = intent
@@ -134,10 +148,14 @@ func (g *Group) distrust(intent *Intent, id model.InstanceID, reason, detail str
 func (g *Group) advanceEngine(id model.InstanceID, intent Intent, now time.Time, out *Outcome) {
 	m := g.members[id]
 	pod, exists := g.enginePod(id, intent.Engine)
-	grace := min(pod.Engine.Grace, graceMost) + graceSlack
+	grace := graceSlack
+	if pod.Engine != nil {
+		grace += min(pod.Engine.Grace, graceMost)
+	}
+	code, ended := EngineExit(pod)
 	switch {
-	case pod.Engine.Exited:
-		g.conclude(id, intent, Exit(strconv.Itoa(pod.Engine.ExitCode)), now, out)
+	case ended:
+		g.conclude(id, intent, Exit(strconv.Itoa(code)), now, out)
 	case !exists || m.engineGone == intent.Engine:
 		g.conclude(id, intent, ExitVanished, now, out)
 	case m.cloud.State != "" && !active(m.cloud.State):
@@ -206,7 +224,7 @@ func (g *Group) advanceStop(id model.InstanceID, intent Intent, now time.Time, o
 		return
 	}
 	returned := active(m.cloud.State) && slices.ContainsFunc(g.engines[id], func(p model.Pod) bool {
-		return p.UID != intent.Engine && !p.Engine.Exited
+		return p.UID != intent.Engine && runs(p)
 	})
 	switch {
 	case returned:
@@ -251,14 +269,14 @@ func (g *Group) engineEffects(now time.Time) []Effect {
 		}
 		// One that is not watched any more may be gone: the call finds out.
 		watched, _ := find(g.engines[id], intent.Engine)
-		if pod, exists := g.enginePod(id, intent.Engine); exists && !watched.Engine.Deleting {
+		if pod, exists := g.enginePod(id, intent.Engine); exists && !watched.EngineState.Deleting {
 			add(StopEngine, id, pod)
 		}
 	}
 	for id, pods := range g.engines {
 		intent := g.record.Intents[id]
 		awaited := func(p model.Pod) bool { return intent.Stage == StageEngine && p.UID == intent.Engine }
-		at := slices.IndexFunc(pods, func(p model.Pod) bool { return p.Engine.Guarded && !awaited(p) })
+		at := slices.IndexFunc(pods, func(p model.Pod) bool { return p.EngineState.Guarded && !awaited(p) })
 		if at >= 0 {
 			add(ReleaseEngine, id, pods[at])
 		}

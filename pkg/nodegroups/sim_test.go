@@ -615,7 +615,7 @@ func (s *sim) enginesStart() {
 	for _, id := range s.w.ids() {
 		n := s.w.nodes[id]
 		if n.Ready && s.w.instances[id].State == model.InstanceRunning && len(s.w.engines[id]) == 0 && (!n.Draining || s.tolerant) {
-			s.w.startEngine(id, model.EngineState{ToleratesDrain: s.tolerant, Grace: 5 * time.Minute})
+			s.w.startEngine(id, model.EngineState{ToleratesDrain: s.tolerant}, 5*time.Minute)
 		}
 	}
 }
@@ -623,7 +623,7 @@ func (s *sim) enginesStart() {
 // pickEngine returns an instance that runs, with an engine that matches.
 func (s *sim) pickEngine(what string, match func(model.EngineState) bool) (model.InstanceID, bool) {
 	return s.pick(what, func(i model.Instance) bool {
-		return i.State == model.InstanceRunning && slices.ContainsFunc(s.w.running(i.ID), func(p model.Pod) bool { return match(p.Engine) })
+		return i.State == model.InstanceRunning && slices.ContainsFunc(s.w.running(i.ID), func(p model.Pod) bool { return match(p.EngineState) })
 	})
 }
 
@@ -645,7 +645,7 @@ func (s *sim) meddle() {
 		return
 	}
 	for _, p := range s.w.engines[id] {
-		s.w.changeEngine(id, p.UID, func(e *model.EngineState) { e.Deleting = true })
+		s.w.changeEngine(id, p.UID, func(p *model.Pod) { p.EngineState.Deleting = true })
 	}
 }
 
@@ -985,7 +985,7 @@ func (s *sim) converge() {
 		}
 	}
 	for id, pods := range s.w.engines {
-		if slices.ContainsFunc(pods, func(p model.Pod) bool { return p.Engine.Guarded }) {
+		if slices.ContainsFunc(pods, func(p model.Pod) bool { return p.EngineState.Guarded }) {
 			fail("an engine pod of %s still has our finalizer: %+v", id, pods)
 		}
 	}

@@ -318,14 +318,14 @@ func (s *story) engine(t *testing.T, d *datadriven.TestData, args []model.Instan
 	for _, id := range args[1:] {
 		switch args[0] {
 		case "starts": // [tolerates] [grace=5m]
-			state := model.EngineState{ToleratesDrain: d.HasArg("tolerates"), Grace: 5 * time.Minute}
+			most := 5 * time.Minute
 			if grace := argument(d, "grace"); grace != "" {
 				var err error
-				if state.Grace, err = time.ParseDuration(grace); err != nil {
+				if most, err = time.ParseDuration(grace); err != nil {
 					d.Fatalf(t, "%v", err)
 				}
 			}
-			w.startEngine(id, state)
+			w.startEngine(id, model.EngineState{ToleratesDrain: d.HasArg("tolerates")}, most)
 		case "exits": // [code=0]
 			code := 0
 			d.MaybeScanArgs(t, "code", &code)
@@ -334,7 +334,7 @@ func (s *story) engine(t *testing.T, d *datadriven.TestData, args []model.Instan
 			w.vanishEngines(id)
 		case "deleted": // by somebody else
 			for _, p := range w.engines[id] {
-				w.changeEngine(id, p.UID, func(e *model.EngineState) { e.Deleting = true })
+				w.changeEngine(id, p.UID, func(p *model.Pod) { p.EngineState.Deleting = true })
 			}
 		default:
 			d.Fatalf(t, "engine: unknown %q", args[0])
@@ -559,15 +559,15 @@ func (s *story) show() {
 			}
 		}
 		for _, p := range w.engines[id] {
-			switch e := p.Engine; {
-			case e.Exited:
-				node += fmt.Sprintf(",engine exited %d", e.ExitCode)
-			case e.Deleting:
+			switch code, ended := EngineExit(p); {
+			case ended:
+				node += fmt.Sprintf(",engine exited %d", code)
+			case p.EngineState.Deleting:
 				node += ",engine stopping"
 			default:
 				node += ",engine"
 			}
-			if p.Engine.Guarded {
+			if p.EngineState.Guarded {
 				node += " (guarded)"
 			}
 		}

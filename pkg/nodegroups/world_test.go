@@ -51,23 +51,24 @@ func newWorld() *world {
 }
 
 // startEngine is what the engines' DaemonSet does for a node.
-func (w *world) startEngine(id model.InstanceID, state model.EngineState) {
+func (w *world) startEngine(id model.InstanceID, state model.EngineState, grace time.Duration) {
 	w.uids++
 	delete(w.spoiled, id) // it wipes what it cannot trust
 	uid := fmt.Sprintf("engine-%d", w.uids)
 	w.engines[id] = append(slices.Clone(w.engines[id]), model.Pod{
-		Namespace: "dagger", Name: uid, UID: uid, Node: w.nodes[id].Name, Kind: model.PodEngine, Created: w.now, Engine: state,
+		Namespace: "dagger", Name: uid, UID: uid, Node: w.nodes[id].Name, Kind: model.PodEngine, Created: w.now,
+		EngineState: state, Engine: &model.EngineContainer{Grace: grace},
 	})
 }
 
 // changeEngine edits an engine pod; false when there is none.
-func (w *world) changeEngine(id model.InstanceID, uid string, edit func(*model.EngineState)) bool {
+func (w *world) changeEngine(id model.InstanceID, uid string, edit func(*model.Pod)) bool {
 	pods := slices.Clone(w.engines[id])
 	at := slices.IndexFunc(pods, func(p model.Pod) bool { return p.UID == uid })
 	if at < 0 {
 		return false
 	}
-	edit(&pods[at].Engine)
+	edit(&pods[at])
 	w.engines[id] = pods
 	return true
 }
@@ -75,7 +76,7 @@ func (w *world) changeEngine(id model.InstanceID, uid string, edit func(*model.E
 // sweep removes the engine pods that have ended and that nothing holds.
 func (w *world) sweep(id model.InstanceID) {
 	w.engines[id] = slices.DeleteFunc(slices.Clone(w.engines[id]), func(p model.Pod) bool {
-		return p.Engine.Deleting && p.Engine.Exited && !p.Engine.Guarded
+		return p.EngineState.Deleting && !runs(p) && !p.EngineState.Guarded
 	})
 	if len(w.engines[id]) == 0 {
 		delete(w.engines, id)
@@ -85,7 +86,7 @@ func (w *world) sweep(id model.InstanceID) {
 // running returns the engines that have not ended.
 func (w *world) running(id model.InstanceID) (pods []model.Pod) {
 	for _, p := range w.engines[id] {
-		if !p.Engine.Exited {
+		if runs(p) {
 			pods = append(pods, p)
 		}
 	}
@@ -96,8 +97,10 @@ func (w *world) running(id model.InstanceID) (pods []model.Pod) {
 // kubelet tells the exit codes before it removes the pods.
 func (w *world) exitEngines(id model.InstanceID, code int, told func()) {
 	for _, p := range w.running(id) {
-		if p.Engine.Deleting {
-			w.changeEngine(id, p.UID, func(e *model.EngineState) { e.Exited, e.ExitCode = true, code })
+		if p.EngineState.Deleting {
+			w.changeEngine(id, p.UID, func(p *model.Pod) {
+				p.Engine = &model.EngineContainer{Grace: p.Engine.Grace, Exit: &model.ContainerExit{Code: int32(code)}}
+			})
 			w.spoiled[id] = w.spoiled[id] || code != 0
 		}
 	}
@@ -242,12 +245,13 @@ func (w *world) apply(e Effect) (answer bool) {
 			w.collect(e.Node.ID)
 		}
 	case StopEngine:
-		return !w.changeEngine(e.Node.ID, e.Engine.UID, func(s *model.EngineState) {
+		return !w.changeEngine(e.Node.ID, e.Engine.UID, func(p *model.Pod) {
+			s := &p.EngineState
 			s.Guarded = s.Guarded || !s.Deleting // nothing can be added to what is being deleted
 			s.Deleting = true
 		})
 	case ReleaseEngine:
-		w.changeEngine(e.Node.ID, e.Engine.UID, func(s *model.EngineState) { s.Guarded = false })
+		w.changeEngine(e.Node.ID, e.Engine.UID, func(p *model.Pod) { p.EngineState.Guarded = false })
 		w.sweep(e.Node.ID)
 	}
 	return false
@@ -273,9 +277,9 @@ func (w *world) halt(id model.InstanceID) {
 
 // collect is what becomes of the pods whose Node was deleted.
 func (w *world) collect(id model.InstanceID) {
-	w.engines[id] = slices.DeleteFunc(slices.Clone(w.engines[id]), func(p model.Pod) bool { return !p.Engine.Guarded })
+	w.engines[id] = slices.DeleteFunc(slices.Clone(w.engines[id]), func(p model.Pod) bool { return !p.EngineState.Guarded })
 	for i := range w.engines[id] {
-		w.engines[id][i].Engine.Deleting = true
+		w.engines[id][i].EngineState.Deleting = true
 	}
 	if len(w.engines[id]) == 0 {
 		delete(w.engines, id)
