@@ -187,7 +187,7 @@ func (o *owner) loseCache(id model.InstanceID, reason, story string, now time.Ti
 	if g := o.fleet[o.groupOf[id]]; g == nil || !g.Settings().Runner() {
 		return
 	}
-	o.history.reset(id)
+	o.history.forget(id)
 	c := o.engines.caches[id]
 	c.bytes, c.unverified = 0, false
 	c.lostAt, c.lost, c.story = now.Truncate(time.Second), reason, story
@@ -199,16 +199,10 @@ func (o *owner) loseCache(id model.InstanceID, reason, story string, now time.Ti
 	}
 }
 
-// reset forgets what an instance's engine held. It holds nothing now.
-func (h *history) reset(id model.InstanceID) {
-	delete(h.keys, id)
-	delete(h.restored, id)
-}
-
 // afterLoss returns the pod without its key when its job began before the
 // instance's cache was lost: it says nothing about what is there now.
-func (o *owner) afterLoss(p model.Pod, id model.InstanceID) model.Pod {
-	if at := o.engines.caches[id].lostAt; !p.Started.IsZero() && p.Started.Before(at) {
+func (o *owner) afterLoss(p model.Pod) model.Pod {
+	if at := o.engines.caches[o.names[p.Node]].lostAt; !p.Started.IsZero() && p.Started.Before(at) {
 		p.Key = ""
 	}
 	return p

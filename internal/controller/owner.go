@@ -30,11 +30,11 @@ type owner struct {
 	registered  map[model.InstanceID]model.Node // Node objects that have a providerID
 	names       map[model.NodeName]model.InstanceID
 	groupOf     map[model.InstanceID]model.GroupID
+	engines     engines
+	ended       map[model.InstanceID]string // why the cloud is to end it, where the plan had meant to keep it
 	dirty       map[model.GroupID]bool
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
-	engines     engines
-	ended       map[model.InstanceID]string // why the cloud is to end it, where the plan had meant to keep it
 	marking     map[model.InstanceID]marking
 	reported    map[model.GroupID]map[model.InstanceID]report
 	summaries   map[model.GroupID]model.GroupSummary
@@ -63,10 +63,10 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		names:       map[model.NodeName]model.InstanceID{},
 		unsettled:   map[model.GroupID]bool{},
 		groupOf:     map[model.InstanceID]model.GroupID{},
-		dirty:       map[model.GroupID]bool{},
-		history:     newHistory(),
 		engines:     newEngines(),
 		ended:       map[model.InstanceID]string{},
+		dirty:       map[model.GroupID]bool{},
+		history:     newHistory(),
 		marking:     map[model.InstanceID]marking{},
 		reported:    map[model.GroupID]map[model.InstanceID]report{},
 		summaries:   map[model.GroupID]model.GroupSummary{},
@@ -250,13 +250,13 @@ func (o *owner) sampled(uses map[model.NodeName]model.EngineUse) {
 }
 
 func (o *owner) seePod(c podChange, now time.Time) {
-	p := c.pod
+	p := o.afterLoss(c.pod)
 	instance := o.names[p.Node]
 	see := o.history.see
 	if c.gone {
 		see = o.history.gone
 	}
-	started := see(o.afterLoss(p, instance), instance, now)
+	started := see(p, instance, now)
 	group := o.groupOf[instance]
 	if started == nil || o.fleet[group] == nil {
 		return

@@ -74,10 +74,10 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 	changed := false
 	for instance := range reported {
 		if !g.Has(instance) {
+			delete(o.ended, instance)
 			delete(reported, instance)
 			delete(o.marking, instance)
 			delete(o.releasedAt, instance)
-			delete(o.ended, instance)
 			o.records.dropNode(instance)
 			o.release(instance)
 			changed = true
