@@ -94,6 +94,9 @@ func put(pods []model.Pod, p model.Pod, gone bool) []model.Pod {
 // seeEngine takes in the state of an engine's pod.
 func (o *owner) seeEngine(c podChange, now time.Time) {
 	p, e := c.pod, &o.engines
+	if c.gone {
+		defer delete(e.letGo, p.UID)
+	}
 	home := e.homes[p.UID]
 	if home == "" {
 		home = o.names[p.Node]
@@ -113,7 +116,6 @@ func (o *owner) seeEngine(c podChange, now time.Time) {
 	o.tellEngine(home)
 	if c.gone {
 		delete(e.homes, p.UID)
-		delete(e.letGo, p.UID)
 		if e.pods[home] = put(e.pods[home], p, true); len(e.pods[home]) == 0 {
 			delete(e.pods, home)
 		}

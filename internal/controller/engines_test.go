@@ -230,6 +230,9 @@ func TestCacheIsVerifiedAfterAResume(t *testing.T) {
 				l.drain(node)
 				l.settle()
 				sample(left)
+				if got := l.metric(l.metrics.EngineCacheBytes.WithLabelValues(string(runners))); got != left {
+					t.Errorf("the group's caches are %g bytes", got)
+				}
 				if r := l.phase(node.ID, model.PhaseParked); r.CacheBytes != left || r.Node != "" {
 					t.Errorf("the parked RunnerNode is %+v", r)
 				}

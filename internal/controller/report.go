@@ -147,6 +147,13 @@ func (o *owner) gauge(g *nodegroups.Group, s model.GroupSummary) {
 	for _, phase := range model.Phases() {
 		o.cfg.Metrics.Nodes.WithLabelValues(id, string(phase)).Set(float64(s.Phases[phase]))
 	}
+	var bytes, clients float64
+	for _, n := range g.Nodes() {
+		bytes += float64(o.engines.caches[n.ID].bytes)
+		clients += float64(o.engines.uses[n.ID].Clients)
+	}
+	o.cfg.Metrics.EngineCacheBytes.WithLabelValues(id).Set(bytes)
+	o.cfg.Metrics.EngineClients.WithLabelValues(id).Set(clients)
 	r := g.Record()
 	o.cfg.Metrics.TargetSize.WithLabelValues(id).Set(float64(r.Target))
 	o.cfg.Metrics.HiddenNodes.WithLabelValues(id).Set(float64(r.Hidden))
