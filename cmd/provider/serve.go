@@ -40,8 +40,8 @@ func serveCommand() *cobra.Command {
 		Long: "Serves the CloudProvider and Expander services of cluster-autoscaler and runs the\n" +
 			"controller behind them. The config file is reloaded when it changes.\n\n" +
 			"To uninstall: stop every replica, then run `hearth serve --config FILE --uninstall`\n" +
-			"once. It takes Hearth's annotations, labels and taints off all nodes and exits;\n" +
-			"nodes and instances stay as they are.",
+			"once. It takes Hearth's annotations, labels and taints off all nodes, its finalizer\n" +
+			"off the pods of engines, and exits; nodes and instances stay as they are.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.Load(path)
 			if err != nil {
@@ -60,7 +60,7 @@ func serveCommand() *cobra.Command {
 				return err
 			}
 			if uninstall {
-				return p.nodes.Uninstall(cmd.Context())
+				return errors.Join(p.nodes.Uninstall(cmd.Context()), p.engines.Uninstall(cmd.Context()))
 			}
 			return p.run(cmd.Context())
 		},
@@ -68,7 +68,7 @@ func serveCommand() *cobra.Command {
 	cmd.Flags().StringVar(&path, "config", "", "the config file (required)")
 	cmd.Flags().StringVar(&logFormat, "log-format", "json", "json or text")
 	cmd.Flags().StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
-	cmd.Flags().BoolVar(&uninstall, "uninstall", false, "take everything of Hearth's off the nodes and exit")
+	cmd.Flags().BoolVar(&uninstall, "uninstall", false, "take everything of Hearth's off nodes and pods and exit")
 	_ = cmd.MarkFlagRequired("config")
 	return cmd
 }
@@ -83,6 +83,7 @@ type provider struct {
 	registry   *prometheus.Registry
 	metrics    *telemetry.Metrics
 	nodes      *kube.Nodes
+	engines    *kube.Engines
 	events     *kube.Events
 	feed       *kube.Feed
 	world      *controller.World
@@ -117,6 +118,7 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 	}
 	store := kube.NewStore(client)
 	p.nodes = kube.NewNodes(client, engines)
+	p.engines = kube.NewEngines(client)
 	p.events = kube.NewEvents(client, store, logger)
 	p.world = controller.NewWorld(cfg.NodeGroups())
 	if p.feed, err = kube.NewFeed(kube.FeedConfig{
@@ -131,7 +133,7 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 		return nil, err
 	}
 	if p.controller, err = controller.New(controller.Config{
-		Backend: p.backend, Store: store, Nodes: p.nodes, Pods: p.nodes, Events: p.events,
+		Backend: p.backend, Store: store, Nodes: p.nodes, Pods: p.nodes, Engines: p.engines, Events: p.events,
 		World: p.world, Watched: p.feed.Synced, Groups: cfg.NodeGroups(), Metrics: p.metrics, Logger: logger,
 		OnSynced: func() { p.server.SetServing(true) },
 	}); err != nil {

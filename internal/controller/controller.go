@@ -21,6 +21,7 @@ type Config struct {
 	Store   Store
 	Nodes   Nodes
 	Pods    Pods
+	Engines Engines
 	Events  Events
 	World   *World
 	// Watched says whether the watches have delivered everything that existed
@@ -45,7 +46,7 @@ type Config struct {
 func (c *Config) validate() error {
 	for name, missing := range map[string]bool{
 		"Backend": c.Backend == nil, "Store": c.Store == nil, "Nodes": c.Nodes == nil, "Pods": c.Pods == nil,
-		"Events": c.Events == nil, "World": c.World == nil, "Watched": c.Watched == nil,
+		"Engines": c.Engines == nil, "Events": c.Events == nil, "World": c.World == nil, "Watched": c.Watched == nil,
 		"Metrics": c.Metrics == nil, "Logger": c.Logger == nil,
 	} {
 		if missing {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -20,7 +21,16 @@ import (
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(engineFolder); dir != "" {
+		if err := beEngine(dir); err != nil {
+			fmt.Fprintln(os.Stderr, "engine:", err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 // runners is the group that most tests are about.
 const runners = model.GroupID("runners")
@@ -101,7 +111,7 @@ func (l *lab) prepare() {
 	l.cluster.watch(l.world)
 	l.metrics = telemetry.NewMetrics(prometheus.NewRegistry())
 	cfg := Config{
-		Backend: l.cloud, Store: l.store.open(), Nodes: l.cluster, Pods: l.cluster, Events: l.events, World: l.world,
+		Backend: l.cloud, Store: l.store.open(), Nodes: l.cluster, Pods: l.cluster, Engines: l.cluster, Events: l.events, World: l.world,
 		Watched: func() bool { return true }, Groups: l.groups, Metrics: l.metrics,
 		Logger:   slog.New(slog.NewTextHandler(l.log, nil)),
 		OnSynced: func() { l.synced++ },
@@ -186,7 +196,7 @@ func (l *lab) state() string {
 		}
 	}
 	for _, n := range l.cluster.all() {
-		fmt.Fprintf(&b, "  node %s %s ready %v draining %v marks %+v jobs %d\n", n.Name, n.ID, n.Ready, n.Draining, n.Marks, l.cluster.jobs(n.Name))
+		fmt.Fprintf(&b, "  node %s %s ready %v draining %v marks %+v jobs %d engines %+v\n", n.Name, n.ID, n.Ready, n.Draining, n.Marks, l.cluster.jobs(n.Name), l.cluster.enginesOn(n.Name))
 	}
 	const most = 4000
 	return string(b.Bytes()[:min(b.Len(), most)])

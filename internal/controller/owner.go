@@ -31,6 +31,8 @@ type owner struct {
 	registered  map[model.InstanceID]model.Node // Node objects that have a providerID
 	names       map[model.NodeName]model.InstanceID
 	groupOf     map[model.InstanceID]model.GroupID
+	engines     engines
+	ended       map[model.InstanceID]string // why the cloud is to end it, where the plan had meant to keep it
 	dirty       map[model.GroupID]bool
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
@@ -64,6 +66,8 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		names:       map[model.NodeName]model.InstanceID{},
 		unsettled:   map[model.GroupID]bool{},
 		groupOf:     map[model.InstanceID]model.GroupID{},
+		engines:     newEngines(),
+		ended:       map[model.InstanceID]string{},
 		dirty:       map[model.GroupID]bool{},
 		history:     newHistory(),
 		learnt:      map[model.GroupID]*learnt{},
@@ -89,6 +93,7 @@ func (o *owner) begin(ctx context.Context) bool {
 	}
 	for _, r := range nodes {
 		o.history.restore(r)
+		o.engines.restore(r)
 		o.groupOf[r.ID] = r.Group
 		if o.reported[r.Group] == nil {
 			o.reported[r.Group] = map[model.InstanceID]report{}
@@ -129,8 +134,12 @@ func (o *owner) declare(spec model.NodeGroup) {
 	record := o.promised[spec.ID]
 	delete(o.promised, spec.ID)
 	o.fleet[spec.ID] = nodegroups.NewGroup(spec, settings, record)
-	for id := range record.Intents {
+	for id, intent := range record.Intents {
 		o.groupOf[id] = spec.ID
+		if intent.Engine != "" && intent.Exit == "" {
+			o.engines.homes[intent.Engine] = id // its Node may be gone
+		}
+		o.tellEngine(id)
 	}
 	for id := range o.registered {
 		if o.groupOf[id] == spec.ID {
@@ -163,6 +172,7 @@ func (o *owner) loop() {
 			o.command(cmd)
 		case <-o.cfg.World.wake:
 			o.observe(o.cfg.World.take())
+			o.sampled(o.cfg.World.takeUses())
 		case r := <-o.results:
 			o.finished(r)
 		case id := <-o.marked:
@@ -177,6 +187,7 @@ func (o *owner) loop() {
 			}
 			if o.started {
 				o.cfg.Metrics.SnapshotAge.Set(time.Since(o.readAt).Seconds())
+				o.releaseOrphans(time.Now())
 			}
 			if o.started && time.Since(o.planned) >= o.cfg.PlanEvery {
 				o.plan()
@@ -225,16 +236,26 @@ func (o *owner) observe(nodes []nodeChange, pods []podChange, annotations map[mo
 		o.observeNode(n)
 	}
 	for _, p := range pods {
-		if p.pod.Kind != model.PodRunner {
-			continue
+		switch p.pod.Kind {
+		case model.PodRunner:
+			o.seePod(p, now)
+			o.observeBusy(p.pod.Node)
+		case model.PodEngine:
+			o.seeEngine(p, now)
 		}
-		o.seePod(p, now)
-		o.observeBusy(p.pod.Node)
+	}
+}
+
+// sampled takes in what the metrics of engines say.
+func (o *owner) sampled(uses map[model.NodeName]model.EngineUse) {
+	now := time.Now()
+	for _, name := range slices.Sorted(maps.Keys(uses)) {
+		o.seeUse(uses[name], now)
 	}
 }
 
 func (o *owner) seePod(c podChange, now time.Time) {
-	p := c.pod
+	p := o.afterLoss(c.pod)
 	instance := o.names[p.Node]
 	see := o.history.see
 	if c.gone {
@@ -275,6 +296,7 @@ func (o *owner) observeNode(c nodeChange) {
 		delete(o.history.idleSince, name)
 		o.applyTo(before, nodegroups.ObserveNodeGone{Instance: before})
 		o.applyTo(before, nodegroups.ObserveBusy{Instance: before}) // its jobs went with it
+		o.engineUnused(before)
 		o.release(before)
 	}
 	if c.gone || id == "" {
@@ -286,6 +308,7 @@ func (o *owner) observeNode(c nodeChange) {
 	}
 	o.applyTo(id, nodegroups.ObserveNode{Node: c.node})
 	o.observeBusy(name)
+	o.engineHomes(name, id)
 }
 
 // release forgets whose an instance was, once neither it nor its Node exists.
@@ -296,6 +319,7 @@ func (o *owner) release(id model.InstanceID) {
 	if g := o.fleet[o.groupOf[id]]; g == nil || !g.Has(id) {
 		delete(o.groupOf, id)
 		o.history.forget(id)
+		o.engines.forget(id)
 	}
 }
 
@@ -376,6 +400,10 @@ func (o *owner) handOver(g *nodegroups.Group, id model.InstanceID) {
 	if node, ok := o.registered[id]; ok {
 		o.apply(g, nodegroups.ObserveNode{Node: node})
 		o.apply(g, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(node.Name)})
+	}
+	o.tellEngine(id)
+	if u, ok := o.engines.uses[id]; ok {
+		o.apply(g, nodegroups.ObserveUse{Instance: id, Activity: u.Activity, At: u.At})
 	}
 }
 
@@ -501,7 +529,14 @@ type result struct {
 	effect nodegroups.Effect
 	err    error
 	at     time.Time
-	idle   bool // Confirm
+	finding
+}
+
+// finding is what a call found out.
+type finding struct {
+	idle    bool        // Confirm: no runner pods are on the node
+	engines []model.Pod // Confirm
+	gone    bool        // StopEngine
 }
 
 // beside makes a call beside the loop, once there is a place for it.
@@ -526,16 +561,16 @@ func (o *owner) perform(e nodegroups.Effect) {
 		places = o.clouds
 	}
 	o.beside(places, func(ctx context.Context) {
-		idle, err := o.act(ctx, e)
+		found, err := o.act(ctx, e)
 		select {
-		case o.results <- result{e, err, time.Now(), idle}:
+		case o.results <- result{e, err, time.Now(), found}:
 		case <-o.ctx.Done():
 		}
 	})
 }
 
 // act calls the port that an effect belongs to.
-func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (idle bool, err error) {
+func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (found finding, err error) {
 	began := time.Now()
 	switch e.Verb {
 	case nodegroups.Resize:
@@ -556,15 +591,20 @@ func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (idle bool, e
 		err = c.cfg.Nodes.Delete(ctx, e.Node.Name, e.Node.UID)
 	case nodegroups.Confirm:
 		var pods []model.Pod
-		pods, err = c.cfg.Pods.RunnerPods(ctx, e.Node.Name)
-		idle = err == nil && len(pods) == 0
+		pods, err = c.cfg.Pods.PodsOn(ctx, e.Node.Name)
+		found.engines = slices.DeleteFunc(slices.Clone(pods), func(p model.Pod) bool { return p.Kind != model.PodEngine })
+		found.idle = err == nil && len(found.engines) == len(pods)
+	case nodegroups.StopEngine:
+		found.gone, err = c.cfg.Engines.StopEngine(ctx, e.Engine)
+	case nodegroups.ReleaseEngine:
+		err = c.cfg.Engines.ReleaseEngine(ctx, e.Engine)
 	default:
 		err = fmt.Errorf("unknown effect %q", e.Verb)
 	}
 	if e.Verb.Cloud() {
 		c.observeCall(string(e.Verb), began, err)
 	}
-	return idle, err
+	return found, err
 }
 
 // finished takes in the end of an effect.
@@ -578,8 +618,12 @@ func (o *owner) finished(r result) {
 			"node", r.effect.Node.Name, "instances", len(r.effect.Instances), "err", r.err)
 	}
 	o.apply(g, nodegroups.Done{Effect: r.effect, Err: r.err, At: r.at})
-	if r.effect.Verb == nodegroups.Confirm && r.err == nil {
-		o.apply(g, nodegroups.Confirmed{Instance: r.effect.Node.ID, Idle: r.idle})
+	switch {
+	case r.err != nil:
+	case r.effect.Verb == nodegroups.Confirm:
+		o.apply(g, nodegroups.Confirmed{Instance: r.effect.Node.ID, Idle: r.idle, Engines: r.engines})
+	case r.effect.Verb == nodegroups.StopEngine && r.gone:
+		o.apply(g, nodegroups.EngineGone{Instance: r.effect.Node.ID, UID: r.effect.Engine.UID})
 	}
 	if r.effect.Verb.Cloud() {
 		o.pollNow()

@@ -22,6 +22,7 @@ type World struct {
 	keys        map[model.GroupID][]string          // cache-keys of each group
 	nodes       map[model.NodeName]nodeChange
 	pods        map[string]podChange
+	uses        map[model.NodeName]model.EngineUse
 	annotations map[model.GroupID]map[string]string
 	wake        chan struct{}
 }
@@ -42,6 +43,7 @@ func NewWorld(groups []model.NodeGroup) *World {
 		seen:        map[model.GroupID]map[string]string{},
 		nodes:       map[model.NodeName]nodeChange{},
 		pods:        map[string]podChange{},
+		uses:        map[model.NodeName]model.EngineUse{},
 		annotations: map[model.GroupID]map[string]string{},
 		wake:        make(chan struct{}, 1),
 	}
@@ -124,6 +126,17 @@ func (w *World) PodGone(p model.Pod) {
 	w.changed()
 }
 
+// EngineSampled notes what the newest samples of a node's engine come to.
+func (w *World) EngineSampled(u model.EngineUse) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if before := w.uses[u.Node]; before.Wiped && before.Pod == u.Pod {
+		u.Wiped = true // the owner has not been told yet
+	}
+	w.uses[u.Node] = u
+	w.changed()
+}
+
 // AnnotationsChanged notes the annotations of a group's RunnerNodeGroup.
 func (w *World) AnnotationsChanged(group model.GroupID, annotations map[string]string) {
 	w.mu.Lock()
@@ -132,6 +145,15 @@ func (w *World) AnnotationsChanged(group model.GroupID, annotations map[string]s
 	w.seen[group] = annotations
 	w.readKeys(group)
 	w.changed()
+}
+
+// takeUses returns what was sampled of engines since the last call.
+func (w *World) takeUses() map[model.NodeName]model.EngineUse {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	uses := w.uses
+	w.uses = map[model.NodeName]model.EngineUse{}
+	return uses
 }
 
 // take returns what has changed since the last call, in a fixed order.

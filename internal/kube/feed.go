@@ -112,7 +112,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 	}
 	f.pods = &mirror[model.Pod]{
 		feed: f, items: map[types.UID]model.Pod{}, synced: make(chan struct{}),
-		strip: stripPod,
+		strip: stripPodOrEngine,
 		read: func(obj any) (model.Pod, bool) {
 			p := f.reader.pod(obj.(*corev1.Pod))
 			return p, p.Kind != model.PodIgnored

@@ -12,6 +12,11 @@ const (
 	labelWarmPrefix       = "cache." + model.Prefix + "/"
 	labelLeader           = model.Prefix + "/leader"
 
+	// finalizerExitCode keeps the pod of an engine that was told to stop until
+	// its exit code has been recorded: the kubelet reports the code and at once
+	// deletes the pod.
+	finalizerExitCode = model.Prefix + "/exit-code"
+
 	// taintDraining keeps new pods away from a node that is being drained.
 	// cluster-autoscaler ignores taints of this prefix when it copies a live
 	// node as the template of its group; any other would make an emptied group

@@ -102,18 +102,19 @@ func (n *Nodes) Delete(ctx context.Context, name model.NodeName, uid string) err
 	return nil
 }
 
-// RunnerPods lists the pods on the Node that run CI jobs and have not
-// finished. It asks the API server and not a cache: a pod that was bound
-// before the call is in the answer. Cache keys and groups are not filled in as
-// the group may want them.
-func (n *Nodes) RunnerPods(ctx context.Context, name model.NodeName) ([]model.Pod, error) {
+// PodsOn lists the pods on the Node that run CI jobs and have not finished, and
+// those that are engines. It asks the API server and not a cache: a pod that
+// was bound before the call is in the answer. Cache keys and groups are not
+// filled in as the group may want them.
+func (n *Nodes) PodsOn(ctx context.Context, name model.NodeName) ([]model.Pod, error) {
 	var list corev1.PodList
 	if err := n.client.List(ctx, &list, client.MatchingFields{"spec.nodeName": string(name)}); err != nil {
 		return nil, fmt.Errorf("listing the pods on node %q: %w", name, err)
 	}
 	var pods []model.Pod
 	for _, p := range list.Items {
-		if pod := n.reader.pod(&p); pod.Kind == model.PodRunner && pod.Finished.IsZero() {
+		pod := n.reader.pod(&p)
+		if pod.Kind == model.PodEngine || pod.Kind == model.PodRunner && pod.Finished.IsZero() {
 			pods = append(pods, pod)
 		}
 	}

@@ -112,6 +112,9 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 		}
 		out.Key = CacheKey(p.Labels, p.Annotations, r.keysFor(group))
 	}
+	if out.Kind == model.PodEngine {
+		out.EngineState = engineState(p)
+	}
 	return out
 }
 

@@ -19,6 +19,9 @@ type Metrics struct {
 	Jobs    *prometheus.CounterVec   // nodegroup, temperature
 	JobWait *prometheus.HistogramVec // nodegroup; seconds
 
+	EngineCacheBytes *prometheus.GaugeVec // nodegroup
+	EngineClients    *prometheus.GaugeVec // nodegroup
+
 	ScaleEvents      *prometheus.CounterVec // nodegroup, action, reason
 	Vetoes           *prometheus.CounterVec // nodegroup, reason
 	AnnotationErrors *prometheus.GaugeVec   // nodegroup
@@ -57,6 +60,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		JobWait: histograms("hearth_job_wait_seconds", "Time from a CI job's pod being created to its start.",
 			[]float64{1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800}, "nodegroup"),
 
+		EngineCacheBytes: gauges("hearth_engine_cache_bytes", "Bytes in the caches of the node group's engines, parked ones too, as far as their metrics told.", "nodegroup"),
+		EngineClients:    gauges("hearth_engine_connected_clients", "Sessions connected to the node group's engines, as far as their metrics tell.", "nodegroup"),
+
 		ScaleEvents:      counters("hearth_scale_events_total", "Nodes that something happened to, by what and why.", "nodegroup", "action", "reason"),
 		Vetoes:           counters("hearth_veto_total", "Requests of cluster-autoscaler to delete nodes that were vetoed, by reason.", "nodegroup", "reason"),
 		AnnotationErrors: gauges("hearth_annotation_errors", "Annotations of the node group that cannot be used and are ignored.", "nodegroup"),
@@ -82,6 +88,7 @@ func (m *Metrics) ForgetGroup(id string) {
 	group := prometheus.Labels{"nodegroup": id}
 	for _, vec := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
 		m.Nodes, m.TargetSize, m.HiddenNodes, m.Jobs, m.JobWait, m.ScaleEvents, m.Vetoes, m.AnnotationErrors,
+		m.EngineCacheBytes, m.EngineClients,
 	} {
 		vec.DeletePartialMatch(group)
 	}

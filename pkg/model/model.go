@@ -227,6 +227,8 @@ type Marks struct {
 // one.
 type Pod struct {
 	Namespace, Name, UID string
+	// EngineState is zero unless the pod is an engine's.
+	EngineState EngineState
 	// Node is empty until the pod is bound.
 	Node NodeName
 	Key  CacheKey

@@ -48,6 +48,7 @@ func TestAgainstAnAPIServer(t *testing.T) {
 	t.Run("store", func(t *testing.T) { testStore(t, c) })
 	t.Run("columns", func(t *testing.T) { testColumns(t, c) })
 	t.Run("nodes", func(t *testing.T) { testNodes(t, c) })
+	t.Run("engines", func(t *testing.T) { testEngines(t, c) })
 	t.Run("instances", func(t *testing.T) { testInstances(t, c) })
 	t.Run("events", func(t *testing.T) { testEvents(t, c) })
 	t.Run("leader", func(t *testing.T) { testLeader(t, c) })
@@ -109,10 +110,15 @@ var morning = time.Date(2026, 1, 5, 8, 0, 0, 0, time.UTC)
 func testStore(t *testing.T, c *cluster) {
 	s := kube.NewStore(c.hearth)
 	record := nodegroups.Record{Sequence: 1, Target: 200, Hidden: 3, Intents: map[model.InstanceID]nodegroups.Intent{}}
-	for i, stage := range []nodegroups.Stage{nodegroups.StageDraining, nodegroups.StageStopping, nodegroups.StageStarting} {
+	for i, stage := range []nodegroups.Stage{nodegroups.StageDraining, nodegroups.StageEngine, nodegroups.StageStopping, nodegroups.StageStarting} {
 		for j, desired := range []model.Desired{model.DesiredGone, model.DesiredParked, model.DesiredRunning} {
 			id := model.InstanceID(fmt.Sprintf("aws:///eu-central-1a/i-%d%d%s", i, j, strings.Repeat("0", 400)))
 			record.Intents[id] = nodegroups.Intent{Desired: desired, Stage: stage, Since: morning}
+			if stage == nodegroups.StageStopping {
+				record.Intents[id] = nodegroups.Intent{
+					Desired: desired, Stage: stage, Since: morning, Engine: "6f9619ff-8b86-d011-b42d-00c04fc964ff", Exit: nodegroups.ExitVanished,
+				}
+			}
 		}
 	}
 	summary := model.GroupSummary{Min: 1, Max: 300, Phases: map[model.Phase]int{}}
@@ -285,7 +291,7 @@ func testNodes(t *testing.T, c *cluster) {
 
 	must(t, c.admin.Create(t.Context(), runnerPod("on-acts", func(p *corev1.Pod) { p.Spec.NodeName = "acts" })))
 	must(t, c.admin.Create(t.Context(), runnerPod("elsewhere", func(p *corev1.Pod) { p.Spec.NodeName = "nowhere" })))
-	pods, err := n.RunnerPods(t.Context(), "acts")
+	pods, err := n.PodsOn(t.Context(), "acts")
 	must(t, err)
 	if len(pods) != 1 || pods[0].Name != "on-acts" {
 		t.Errorf("runner pods %v; want on-acts alone", pods)
@@ -518,8 +524,11 @@ func testRights(t *testing.T, c *cluster) {
 		{false, "list", "", "secrets", ""},
 		{false, "create", "", "pods", "hearth"},
 		{false, "create", "", "pods", "default"},
-		{false, "patch", "", "pods", "default"},
-		{false, "delete", "", "pods", "default"},
+		{true, "patch", "", "pods", "default"},  // of engines, wherever they are
+		{true, "delete", "", "pods", "default"}, // likewise
+		{false, "patch", "", "pods/status", "default"},
+		{false, "update", "", "pods", "default"},
+		{false, "deletecollection", "", "pods", "default"},
 		{false, "create", "", "pods/eviction", "default"},
 		{false, "create", "", "pods/exec", "hearth"},
 		{false, "create", "", "events", "kube-system"},
