@@ -24,6 +24,7 @@ import (
 
 	"github.com/hearth-ci/hearth/internal/config"
 	"github.com/hearth-ci/hearth/internal/controller"
+	"github.com/hearth-ci/hearth/internal/dagger"
 	"github.com/hearth-ci/hearth/internal/explain"
 	"github.com/hearth-ci/hearth/internal/kube"
 	"github.com/hearth-ci/hearth/internal/kwok"
@@ -87,6 +88,7 @@ type provider struct {
 	events     *kube.Events
 	feed       *kube.Feed
 	world      *controller.World
+	readings   *dagger.Watcher
 	backend    *kwok.Backend
 	controller *controller.Controller
 	server     *server.Server
@@ -121,8 +123,11 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 	p.engines = kube.NewEngines(client)
 	p.events = kube.NewEvents(client, store, logger)
 	p.world = controller.NewWorld(cfg.NodeGroups())
+	if p.readings, err = dagger.NewWatcher(uint16(cfg.Engines.MetricsPort), p.world.EngineSampled, logger); err != nil {
+		return nil, err
+	}
 	if p.feed, err = kube.NewFeed(kube.FeedConfig{
-		Client: client, Sink: p.world, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
+		Client: client, Sink: sink{p.world, p.readings}, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
 	}); err != nil {
 		return nil, err
 	}
@@ -289,6 +294,7 @@ func (p *provider) lead(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.backend.Run(ctx) })
 	group.Go(func() error { return p.controller.Run(ctx) })
+	group.Go(func() error { p.readings.Run(ctx); return nil })
 	if p.cfg.Kubernetes.Kubeconfig == "" && os.Getenv("POD_NAME") == "" {
 		p.log.Warn("POD_NAME and POD_NAMESPACE are not set: the leader's pod gets no label for the Services to select")
 	}
@@ -313,6 +319,18 @@ func (p *provider) labelPod(ctx context.Context, namespace, pod string) {
 		}
 	}
 }
+
+// sink hands what the watches see to the controller, and of engines to whoever
+// reads them.
+type sink struct {
+	*controller.World
+	readings *dagger.Watcher
+}
+
+func (s sink) NodeChanged(n model.Node) { s.World.NodeChanged(n); s.readings.NodeChanged(n) }
+func (s sink) NodeGone(n model.Node)    { s.World.NodeGone(n); s.readings.NodeGone(n) }
+func (s sink) PodChanged(p model.Pod)   { s.World.PodChanged(p); s.readings.PodChanged(p) }
+func (s sink) PodGone(p model.Pod)      { s.World.PodGone(p); s.readings.PodGone(p) }
 
 // ranker translates the expander's options for the controller.
 type ranker struct{ *provider }

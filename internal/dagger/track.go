@@ -49,8 +49,11 @@ type State struct {
 	// Reading is the newest that held; zero when there was none.
 	Reading model.EngineReading
 	// Quiet counts the readings without a client in a row, up to the newest.
-	// Whoever is about to stop an engine asks for this rather than Activity.
-	Quiet int
+	// QuietAt is when enough of them in a row last settled that it is idle:
+	// whoever is about to stop an engine wants that to be later than whatever
+	// kept new clients away.
+	Quiet   int
+	QuietAt time.Time
 	// CacheBytes is what the cache holds as far as is sure; -1 when nothing is.
 	CacheBytes int64
 	// Verified says that the newest reading agrees with CacheBytes: not so
@@ -81,6 +84,7 @@ type tracked struct {
 	failed      string // why the newest reading did not hold
 	activity    Activity
 	busy, quiet int // readings in a row
+	quietAt     time.Time
 	version     string
 	bytes       int64 // -1: not known
 	verified    bool
@@ -144,7 +148,7 @@ func (e *tracked) count(clients int) {
 	case e.busy >= busyAfter:
 		e.activity = Busy
 	case e.quiet >= idleAfter:
-		e.activity = Idle
+		e.activity, e.quietAt = Idle, e.last
 	}
 }
 
@@ -181,7 +185,7 @@ func (t *Tracker) State(node model.NodeName, now time.Time) State {
 		return State{Reason: "never read", CacheBytes: -1}
 	}
 	s := State{
-		Activity: e.activity, Reason: e.failed, Reading: e.reading, Quiet: e.quiet,
+		Activity: e.activity, Reason: e.failed, Reading: e.reading, Quiet: e.quiet, QuietAt: e.quietAt,
 		CacheBytes: e.bytes, Verified: e.verified,
 	}
 	age := now.Sub(e.reading.At)
