@@ -86,7 +86,7 @@ type NamedPolicy struct {
 // today, what research proposes, the simple rules, ours.
 func Policies() []NamedPolicy {
 	return append(baselines(),
-		hearthWith(ours, "nodes parked by rent-or-buy bound and forecast, resumed ahead of expected jobs, placed by cache", 0),
+		hearthWith(ours, "nodes parked by rent-or-buy bound and forecast, resumed ahead of expected jobs, placed by cache", Knobs{}),
 		hearthAt(20), hearthAt(45), hearthAt(60), hearthAt(90),
 	)
 }
@@ -94,18 +94,23 @@ func Policies() []NamedPolicy {
 // ours is the name of the live policy.
 const ours = "hearth"
 
+// noPrewarm is the live policy without starts ahead of demand. It is compared
+// on request, and is not among the policies.
+const noPrewarm = ours + "-no-prewarm"
+
 // hearthAt is the live policy with another time-value.
 func hearthAt(timeValue float64) NamedPolicy {
 	value := strconv.FormatFloat(timeValue, 'f', -1, 64)
-	return hearthWith(ours+"@"+value, "the same with the annotation time-value at $"+value+"/h", timeValue)
+	return hearthWith(ours+"@"+value, "the same with the annotation time-value at $"+value+"/h", Knobs{TimeValue: timeValue})
 }
 
-func hearthWith(name, doc string, timeValue float64) NamedPolicy {
-	return NamedPolicy{name, doc, func(_ Trace, w World, _ *rand.Rand) Policy { return newHearth(w, Knobs{TimeValue: timeValue}) }}
+func hearthWith(name, doc string, k Knobs) NamedPolicy {
+	return NamedPolicy{name, doc, func(_ Trace, w World, _ *rand.Rand) Policy { return newHearth(w, k) }}
 }
 
 // FindPolicy returns the policy of that name, or an error that lists the known
-// ones. hearth@ and a number is hearth with that time-value.
+// ones. hearth@ and a number is hearth with that time-value; hearth-no-prewarm,
+// with a time-value or not, starts nothing ahead of demand.
 func FindPolicy(name string) (NamedPolicy, error) {
 	var known []string
 	for _, p := range Policies() {
@@ -114,12 +119,21 @@ func FindPolicy(name string) (NamedPolicy, error) {
 		}
 		known = append(known, p.Name)
 	}
-	if value, ok := strings.CutPrefix(name, ours+"@"); ok {
-		timeValue, err := strconv.ParseFloat(value, 64)
-		if err != nil || !(timeValue > 0 && timeValue <= 10000) {
-			return NamedPolicy{}, fmt.Errorf("policy %q: want a time-value in $/h after the @, above 0 and at most 10000", name)
+	base, value, at := strings.Cut(name, "@")
+	if base == noPrewarm || base == ours {
+		var k Knobs
+		if at {
+			var err error
+			k.TimeValue, err = strconv.ParseFloat(value, 64)
+			if err != nil || !(k.TimeValue > 0 && k.TimeValue <= 10000) {
+				return NamedPolicy{}, fmt.Errorf("policy %q: want a time-value in $/h after the @, above 0 and at most 10000", name)
+			}
 		}
-		return hearthAt(timeValue), nil
+		if base == ours {
+			return hearthAt(k.TimeValue), nil
+		}
+		k.NoPrewarm = true
+		return hearthWith(name, "hearth without starts ahead of demand", k), nil
 	}
 	slices.Sort(known)
 	return NamedPolicy{}, fmt.Errorf("unknown policy %q, known are %s, and hearth@ with any time-value in $/h", name, strings.Join(known, ", "))

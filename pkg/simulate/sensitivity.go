@@ -50,7 +50,10 @@ func (s Sensitive) Ratio() float64 {
 }
 
 // Ours says whether a policy of that name is one of hearth's own.
-func Ours(name string) bool { return name == ours || strings.HasPrefix(name, ours+"@") }
+func Ours(name string) bool {
+	base, _, _ := strings.Cut(name, "@")
+	return base == ours || base == noPrewarm
+}
 
 // Variations returns the world itself and then those in which one value is half
 // or double of what it is here; and for the price of a parked node, those in
