@@ -113,7 +113,11 @@ type Stock struct{ copies map[Key]int }
 func NewStock(nodes []Node, now time.Time) Stock {
 	s := Stock{make(map[Key]int)}
 	for _, n := range nodes {
-		s.Add(n, now)
+		for _, u := range n.held() {
+			if u.Warmth(now) > 0 {
+				s.copies[u.Key]++
+			}
+		}
 	}
 	return s
 }

@@ -139,6 +139,10 @@ func (h *hearth) Finished(f *Fleet, p *Pod) {
 // does every 5.
 const tick = 20
 
+// parkedTick is how often it plans for parked nodes at most, which cost next to
+// nothing meanwhile.
+const parkedTick = 300
+
 // nextTick is the tick at t, or the next one.
 func nextTick(t int64) int64 { return (t + tick - 1) / tick * tick }
 
@@ -243,7 +247,7 @@ func (h *hearth) Plan(f *Fleet) Plan {
 		request.Bounds.Busy += len(f.Idle)
 		answer := scoring.DecideParked(request, stock, ahead)
 		h.carryOut(f, &plan, f.Resumable, answer)
-		h.parked.next = nextTick(max(answer.Next.Unix(), f.Now+1))
+		h.parked.next = nextTick(max(answer.Next.Unix(), f.Now+parkedTick))
 	}
 	plan.Next = min(h.idle.next, h.parked.next)
 	if settle := h.settle(); len(f.Idle) > 0 {
