@@ -138,7 +138,7 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 		return nil, err
 	}
 	if p.controller, err = controller.New(controller.Config{
-		Backend: p.backend, Store: store, Nodes: p.nodes, Pods: p.nodes, Engines: p.engines, Events: p.events,
+		Backend: p.backend, Store: store, Memories: kube.NewMemories(client, cfg.LeaderElection.Namespace), Nodes: p.nodes, Pods: p.nodes, Engines: p.engines, Events: p.events,
 		World: p.world, Watched: p.feed.Synced, Groups: cfg.NodeGroups(), Metrics: p.metrics, Logger: logger,
 		OnSynced: func() { p.server.SetServing(true) },
 	}); err != nil {

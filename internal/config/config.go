@@ -73,7 +73,7 @@ type Kubernetes struct{ Kubeconfig string }
 // LeaderElection says how replicas agree on who acts.
 type LeaderElection struct {
 	Enabled   bool
-	Namespace string // of the Lease
+	Namespace string // of the Lease and of what was learnt
 	// As in client-go: LeaseDuration > RenewDeadline > RetryPeriod.
 	LeaseDuration, RenewDeadline, RetryPeriod time.Duration
 }

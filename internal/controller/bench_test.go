@@ -44,6 +44,9 @@ func (*still) Load(context.Context) (map[model.GroupID]nodegroups.Record, map[mo
 	return nil, nil, nil, nil
 }
 
+func (*still) LoadLearnt(context.Context) (map[model.GroupID][]byte, error) { return nil, nil }
+func (*still) SaveLearnt(context.Context, model.GroupID, []byte) error      { return nil }
+
 // largeFleet returns an owner that serves a fleet of idle Ready nodes.
 func largeFleet(b *testing.B, groups, each int) (o *owner, r reading, end func()) {
 	b.Helper()
@@ -75,7 +78,7 @@ func largeFleet(b *testing.B, groups, each int) (o *owner, r reading, end func()
 		s.snapshot.Groups[spec.ID] = snapshot
 	}
 	c, err := New(Config{
-		Backend: s, Store: s, Nodes: s, Pods: s, Engines: s, Events: s, World: world, Watched: func() bool { return true },
+		Backend: s, Store: s, Memories: s, Nodes: s, Pods: s, Engines: s, Events: s, World: world, Watched: func() bool { return true },
 		Groups: declared, Metrics: telemetry.NewMetrics(prometheus.NewRegistry()), Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {

@@ -19,11 +19,13 @@ import (
 type Config struct {
 	Backend Backend
 	Store   Store
-	Nodes   Nodes
-	Pods    Pods
-	Engines Engines
-	Events  Events
-	World   *World
+	// Memories keeps what the policy learns.
+	Memories Memories
+	Nodes    Nodes
+	Pods     Pods
+	Engines  Engines
+	Events   Events
+	World    *World
 	// Watched says whether the watches have delivered everything that existed
 	// at their start. Once true it stays true.
 	Watched func() bool
@@ -45,7 +47,7 @@ type Config struct {
 
 func (c *Config) validate() error {
 	for name, missing := range map[string]bool{
-		"Backend": c.Backend == nil, "Store": c.Store == nil, "Nodes": c.Nodes == nil, "Pods": c.Pods == nil,
+		"Backend": c.Backend == nil, "Store": c.Store == nil, "Memories": c.Memories == nil, "Nodes": c.Nodes == nil, "Pods": c.Pods == nil,
 		"Engines": c.Engines == nil, "Events": c.Events == nil, "World": c.World == nil, "Watched": c.Watched == nil,
 		"Metrics": c.Metrics == nil, "Logger": c.Logger == nil,
 	} {
@@ -81,6 +83,7 @@ type Controller struct {
 	results  chan result
 	marked   chan model.InstanceID
 	readings chan reading
+	kept     chan keptMemory
 	poll     chan struct{}
 	records  *recorder
 	fast     atomic.Bool
@@ -99,6 +102,7 @@ func New(cfg Config) (*Controller, error) {
 		results:  make(chan result),
 		marked:   make(chan model.InstanceID),
 		readings: make(chan reading),
+		kept:     make(chan keptMemory),
 		poll:     make(chan struct{}, 1),
 		records:  newRecorder(cfg.Store, cfg.Logger),
 	}, nil
@@ -143,7 +147,12 @@ func (c *Controller) Run(ctx context.Context) error {
 	wg.Go(func() { c.pollCloud(ctx) })
 	wg.Go(func() { c.records.run(ctx, cancel) })
 	o.loop()
-	return ended(ctx)
+	c.view.Store(nil) // nothing is answered while the last writes are made
+	err := ended(ctx)
+	if err == nil {
+		o.keepAll()
+	}
+	return err
 }
 
 // pause waits; false when ctx ended first.

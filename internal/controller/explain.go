@@ -80,7 +80,7 @@ func (o *owner) explainGroup(g *nodegroups.Group, now time.Time) explain.Group {
 		costs, forecast := l.costs(settings), l.memory.Forecast
 		e.Settings.NodePrice, e.Settings.ParkedPrice = costs.Running, costs.Parked
 		_, saves := l.memory.Keys.Of(scoring.KeyOf("")) // of a key of which nothing was learnt: the group's
-		e.Learnt = explain.Learnt{BootSeconds: l.boot.Seconds(), ResumeSeconds: l.resume.Seconds(), ColdPenaltySeconds: saves}
+		e.Learnt = explain.Learnt{BootSeconds: l.memory.Boot.Seconds(), ResumeSeconds: l.memory.Resume.Seconds(), ColdPenaltySeconds: saves}
 		e.Forecast = explain.Forecast{
 			BatchesPerHour: forecast.Rate(1, now), IdleNodes: e.Idle, IdleBatchesPerHour: forecast.Rate(max(e.Idle, 1), now),
 			Weeks: forecast.Weeks(),

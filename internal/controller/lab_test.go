@@ -57,8 +57,10 @@ type lab struct {
 	cloud   *fakeCloud
 	cluster *fakeCluster
 	store   *fakeStore
-	events  *fakeEvents
-	groups  []model.NodeGroup
+	// memories is where what was learnt is kept.
+	memories *fakeMemories
+	events   *fakeEvents
+	groups   []model.NodeGroup
 	// change, when set, is applied to the config of every life.
 	change func(*Config)
 	synced int // times that OnSynced was called
@@ -85,7 +87,7 @@ func experiment(t *testing.T, groups []model.NodeGroup, f func(t *testing.T, l *
 func newLab(t *testing.T, groups []model.NodeGroup) *lab {
 	cloud := newFakeCloud(groups)
 	l := &lab{
-		t: t, cloud: cloud, cluster: newFakeCluster(cloud), store: newFakeStore(), events: &fakeEvents{},
+		t: t, cloud: cloud, cluster: newFakeCluster(cloud), store: newFakeStore(), memories: newFakeMemories(), events: &fakeEvents{},
 		groups: groups, log: &logBuffer{},
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -111,7 +113,7 @@ func (l *lab) prepare() {
 	l.cluster.watch(l.world)
 	l.metrics = telemetry.NewMetrics(prometheus.NewRegistry())
 	cfg := Config{
-		Backend: l.cloud, Store: l.store.open(), Nodes: l.cluster, Pods: l.cluster, Engines: l.cluster, Events: l.events, World: l.world,
+		Backend: l.cloud, Store: l.store.open(), Memories: l.memories, Nodes: l.cluster, Pods: l.cluster, Engines: l.cluster, Events: l.events, World: l.world,
 		Watched: func() bool { return true }, Groups: l.groups, Metrics: l.metrics,
 		Logger:   slog.New(slog.NewTextHandler(l.log, nil)),
 		OnSynced: func() { l.synced++ },

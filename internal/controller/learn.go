@@ -17,23 +17,21 @@ const (
 	// usualBoot and usualResume are taken until nodes of the group were seen to
 	// start: what EC2 instances of EKS take.
 	usualBoot, usualResume = 120 * time.Second, 45 * time.Second
-	// longStart is more than a start that means anything takes.
-	longStart = 15 * time.Minute
 	// fresh is how old a pod may be and still be told as arriving: after a
 	// restart there are those that did long ago.
 	fresh = 10 * time.Minute
 )
 
 // learnt is what a group's policy has learnt, and what is being observed for
-// it. It lives in memory: after a restart the policy keeps nodes as long as the
-// rent-or-buy bound says until it knows better.
+// it. The memory is kept now and then; where it is lost the policy keeps nodes as
+// long as the rent-or-buy bound says until it knows better.
 type learnt struct {
 	memory *scoring.Memory
 	jobs   int // that run or wait, as far as they were told to arrive
 	// starting are the nodes that are on their way, since when, and whether they
-	// were parked. boot and resume are how long that took of late.
-	starting     map[model.InstanceID]start
-	boot, resume time.Duration
+	// were parked.
+	starting map[model.InstanceID]start
+	keeping
 }
 
 type start struct {
@@ -45,8 +43,8 @@ func (o *owner) learntOf(g *nodegroups.Group) *learnt {
 	id := g.Spec().ID
 	l := o.learnt[id]
 	if l == nil {
-		l = &learnt{boot: usualBoot, resume: usualResume, starting: map[model.InstanceID]start{}}
-		l.memory = scoring.NewMemory(l.costs(g.Settings()))
+		l = &learnt{starting: map[model.InstanceID]start{}}
+		l.memory, l.keeping = o.remembered(id, costs(g.Settings(), usualBoot, usualResume))
 		o.learnt[id] = l
 	}
 	return l
@@ -54,8 +52,12 @@ func (o *owner) learntOf(g *nodegroups.Group) *learnt {
 
 // costs are what the plan weighs against each other.
 func (l *learnt) costs(s nodegroups.Settings) scoring.Costs {
+	return costs(s, l.memory.Boot, l.memory.Resume)
+}
+
+func costs(s nodegroups.Settings, boot, resume time.Duration) scoring.Costs {
 	c := scoring.Costs{
-		Running: unknownPrice, TimeValue: s.TimeValue, ColdPenalty: s.ColdPenalty, Boot: l.boot, Resume: l.resume,
+		Running: unknownPrice, TimeValue: s.TimeValue, ColdPenalty: s.ColdPenalty, Boot: boot, Resume: resume,
 	}
 	if s.NodePrice != nil {
 		c.Running = *s.NodePrice
@@ -83,15 +85,30 @@ func (o *owner) arrived(p model.Pod, group model.GroupID, gone bool, now time.Ti
 		l := o.learntOf(g)
 		l.jobs++
 		seen.group = group
-		if key := p.Key; now.Sub(p.Created) < fresh {
+		// Those that came before the memory was kept are in it.
+		if key := p.Key; now.Sub(p.Created) < fresh && p.Created.After(l.contains) {
 			slots := g.Settings().JobsPerNode
 			l.memory.JobArrived(scoring.KeyOf(key), (l.jobs+slots-1)/slots, now)
+			l.changed = true
 		}
 	default:
 		return
 	}
 	if !gone {
 		o.history.pods[p.UID] = seen
+	}
+}
+
+// told takes in that a job has started, on a node that became ready then, or has
+// ended, unless an earlier life did.
+func (l *learnt) told(p model.Pod, news *job, ready time.Time) {
+	if news.ended && p.Finished.After(l.contains) {
+		l.memory.Keys.Finished(news.key, news.warm, news.took)
+		l.changed = true
+	}
+	if news.started && p.Started.After(l.contains) {
+		l.memory.Ledger.Job(ready.After(p.Created))
+		l.changed = true
 	}
 }
 
@@ -106,7 +123,7 @@ func (l *learnt) observe(nodes []nodegroups.NodeStatus, now time.Time) {
 			starting[n.ID] = start{n.Since, n.Phase == model.PhaseResuming}
 		case model.PhaseReady:
 			if s, was := l.starting[n.ID]; was && n.Node.Ready && !s.since.IsZero() {
-				l.took(s.resume, n.Node.ReadyChanged.Sub(s.since))
+				l.memory.Started(s.resume, n.Node.ReadyChanged.Sub(s.since))
 			}
 			if n.Busy {
 				busy++
@@ -117,16 +134,4 @@ func (l *learnt) observe(nodes []nodegroups.NodeStatus, now time.Time) {
 	}
 	l.starting = starting
 	l.memory.Ledger.Nodes(busy, idle, now)
-}
-
-// took takes in how long a start took: the average of late.
-func (l *learnt) took(resume bool, d time.Duration) {
-	if d <= 0 || d > longStart {
-		return
-	}
-	usual := &l.boot
-	if resume {
-		usual = &l.resume
-	}
-	*usual += (d - *usual) / 5
 }

@@ -37,6 +37,7 @@ type owner struct {
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
 	learnt      map[model.GroupID]*learnt
+	memories    memories
 	marking     map[model.InstanceID]marking
 	reported    map[model.GroupID]map[model.InstanceID]report
 	summaries   map[model.GroupID]model.GroupSummary
@@ -111,6 +112,7 @@ func (o *owner) begin(ctx context.Context) bool {
 	default:
 	}
 	o.promised = records
+	o.memories.kept = o.loadMemories(ctx)
 	for _, spec := range specs {
 		o.declare(spec)
 	}
@@ -181,6 +183,8 @@ func (o *owner) loop() {
 			o.read(r)
 		case groups := <-o.groups:
 			o.redeclare(groups)
+		case k := <-o.kept:
+			o.keptMemory(k)
 		case <-tick.C:
 			for id := range o.unsettled {
 				o.dirty[id] = true
@@ -192,6 +196,7 @@ func (o *owner) loop() {
 			if o.started && time.Since(o.planned) >= o.cfg.PlanEvery {
 				o.plan()
 			}
+			o.keepMemories(time.Now())
 		}
 		o.advance()
 	}
@@ -271,13 +276,10 @@ func (o *owner) seePod(c podChange, now time.Time) {
 	if news == nil || g == nil {
 		return
 	}
-	if news.ended {
-		o.learntOf(g).memory.Keys.Finished(news.key, news.warm, news.took)
-	}
+	o.learntOf(g).told(p, news, g.Node(instance).ReadyChanged)
 	if !news.started {
 		return
 	}
-	o.learntOf(g).memory.Ledger.Job(g.Node(instance).ReadyChanged.After(p.Created))
 	temperature := "cold"
 	if news.warm {
 		temperature = "warm"

@@ -39,6 +39,14 @@ type Store interface {
 	DeleteNode(ctx context.Context, id model.InstanceID) error
 }
 
+// Memories keeps what the policy has learnt, group by group. That it is lost
+// is harmless: it is learnt again. Methods are safe for concurrent use for
+// different groups.
+type Memories interface {
+	LoadLearnt(ctx context.Context) (map[model.GroupID][]byte, error)
+	SaveLearnt(ctx context.Context, group model.GroupID, data []byte) error
+}
+
 // Nodes acts on Node objects. Every method is idempotent, and a Node that does
 // not exist (or has another UID) is a success.
 type Nodes interface {

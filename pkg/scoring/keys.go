@@ -63,6 +63,9 @@ func NewKeys(penalty time.Duration) *Keys {
 // SetPenalty changes what a cold job loses until that is known.
 func (k *Keys) SetPenalty(penalty time.Duration) { k.penalty = penalty }
 
+// Len is how many keys are remembered.
+func (k *Keys) Len() int { return len(k.known) }
+
 // Arrived takes in the arrival of a job.
 func (k *Keys) Arrived(key Key, at time.Time) {
 	if k.began.IsZero() {

@@ -2,6 +2,9 @@ package scoring
 
 import "time"
 
+// longStart is more than any start takes that will be like others.
+const longStart = 15 * time.Minute
+
 // Memory is what a group's policy has learnt. Whoever runs a fleet tells it of
 // everything that happens, in order of time; it never looks for itself. It is
 // not safe for concurrent use.
@@ -9,12 +12,27 @@ type Memory struct {
 	Keys     *Keys
 	Forecast *Forecast
 	Ledger   Ledger
+	// Boot and Resume are how long nodes took to start of late.
+	Boot, Resume time.Duration
 }
 
-// NewMemory returns a Memory that has learnt nothing yet, of nodes that resume
-// within that time.
+// NewMemory returns a Memory that has learnt nothing yet, of nodes that start
+// as the costs say.
 func NewMemory(c Costs) *Memory {
-	return &Memory{Keys: NewKeys(c.ColdPenalty), Forecast: NewForecast(c.Resume)}
+	return &Memory{Keys: NewKeys(c.ColdPenalty), Forecast: NewForecast(c.Resume), Boot: c.Boot, Resume: c.Resume}
+}
+
+// Started takes in how long a node took to boot or to resume; the mean goes
+// back about five of them.
+func (m *Memory) Started(resume bool, took time.Duration) {
+	if took <= 0 || took > longStart {
+		return
+	}
+	usual := &m.Boot
+	if resume {
+		usual = &m.Resume
+	}
+	*usual += (took - *usual) / 5
 }
 
 // JobArrived takes in a new job, which made needed the number of nodes that the

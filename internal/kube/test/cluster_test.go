@@ -1,6 +1,7 @@
 package test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -46,6 +47,7 @@ func TestAgainstAnAPIServer(t *testing.T) {
 	}
 	c := start(t)
 	t.Run("store", func(t *testing.T) { testStore(t, c) })
+	t.Run("memories", func(t *testing.T) { testMemories(t, c) })
 	t.Run("columns", func(t *testing.T) { testColumns(t, c) })
 	t.Run("nodes", func(t *testing.T) { testNodes(t, c) })
 	t.Run("engines", func(t *testing.T) { testEngines(t, c) })
@@ -505,6 +507,27 @@ func testLeader(t *testing.T, c *cluster) {
 }
 
 // testRights: what is not needed is not granted.
+func testMemories(t *testing.T, c *cluster) {
+	m := kube.NewMemories(c.hearth, deploy.Namespace)
+	most := bytes.Repeat([]byte{0, 0xff, 'x'}, 512<<10/3)
+	for _, group := range []model.GroupID{"runners-a", "Team A/runners", model.GroupID(strings.Repeat("x", 255))} {
+		for _, want := range [][]byte{[]byte("first"), most} {
+			must(t, m.SaveLearnt(t.Context(), group, want))
+			// Another life: nothing but what was written is known.
+			all, err := kube.NewMemories(c.hearth, deploy.Namespace).LoadLearnt(t.Context())
+			must(t, err)
+			if !bytes.Equal(all[group], want) {
+				t.Errorf("%q: read %d bytes, want %d", group, len(all[group]), len(want))
+			}
+		}
+	}
+	var list corev1.ConfigMapList
+	must(t, c.admin.List(t.Context(), &list, client.MatchingLabels{"hearth.dev/learnt": "true"}))
+	if len(list.Items) != 3 {
+		t.Errorf("%d ConfigMaps, want 3", len(list.Items))
+	}
+}
+
 func testRights(t *testing.T, c *cluster) {
 	clientset, err := kubernetes.NewForConfig(c.config)
 	must(t, err)
@@ -533,6 +556,9 @@ func testRights(t *testing.T, c *cluster) {
 		{false, "create", "", "pods/exec", "hearth"},
 		{false, "create", "", "events", "kube-system"},
 		{false, "get", "", "configmaps", "kube-system"},
+		{true, "update", "", "configmaps", "hearth"},
+		{false, "update", "", "configmaps", "default"},
+		{false, "watch", "", "configmaps", "hearth"},
 		{false, "delete", "", "configmaps", "hearth"},
 		{false, "update", "hearth.dev", "runnernodegroups", ""},
 		{false, "delete", "hearth.dev", "runnernodegroups", ""},
