@@ -30,6 +30,7 @@ func nodeFrom(n *corev1.Node) model.Node {
 			Reason:        n.Annotations[annotationReason],
 			Protected:     n.Annotations[annotationScaleDownDisabled] == "true",
 			ProtectedByUs: n.Annotations[annotationProtectedBy] == protectedByUs,
+			Warm:          warmKeys(n),
 		},
 		Labels: n.Labels,
 	}
