@@ -89,6 +89,7 @@ type provider struct {
 	controller *controller.Controller
 	server     *server.Server
 	http       *telemetry.HTTP
+	placer     *placer // nil: no placement webhook
 }
 
 // newProvider wires the parts. Nothing runs yet, but the ports are taken, so
@@ -118,8 +119,12 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 	p.nodes = kube.NewNodes(client, engines)
 	p.events = kube.NewEvents(client, store, logger)
 	p.world = controller.NewWorld(cfg.NodeGroups())
+	sink, err := p.newPlacer()
+	if err != nil {
+		return nil, err
+	}
 	if p.feed, err = kube.NewFeed(kube.FeedConfig{
-		Client: client, Sink: p.world, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
+		Client: client, Sink: sink, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
 	}); err != nil {
 		return nil, err
 	}
@@ -165,7 +170,10 @@ func (p *provider) listen() error {
 	p.http, err = telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	return p.listenForPlacement()
 }
 
 var errNotSynced = errors.New("the watches have not delivered what exists yet")
@@ -186,6 +194,7 @@ func (p *provider) run(ctx context.Context) error {
 	group.Go(func() error { p.events.Run(ctx); return nil })
 	group.Go(func() error { return p.server.Run(ctx) })
 	group.Go(func() error { return p.http.Run(ctx) })
+	p.placer.run(ctx, group)
 	group.Go(func() error { return config.Watch(ctx, p.path, p.cfg, p.apply, p.reloaded) })
 	group.Go(func() error { return p.elect(ctx) })
 	return group.Wait()
@@ -285,6 +294,7 @@ func (p *provider) lead(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.backend.Run(ctx) })
 	group.Go(func() error { return p.controller.Run(ctx) })
+	p.placer.lead(ctx, group)
 	if p.cfg.Kubernetes.Kubeconfig == "" && os.Getenv("POD_NAME") == "" {
 		p.log.Warn("POD_NAME and POD_NAMESPACE are not set: the leader's pod gets no label for the Services to select")
 	}

@@ -160,6 +160,15 @@ func (f *Feed) Synced() bool {
 	}
 }
 
+// Read says of a pod, which need not exist yet, what the sink would be told of
+// it: of one to be ignored only the names. It is safe for concurrent use, but
+// must not be called by the sink.
+func (f *Feed) Read(p *corev1.Pod) model.Pod {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.reader.pod(p)
+}
+
 // follow keeps store up to date with one kind until ctx ends.
 func (f *Feed) follow(ctx context.Context, kind client.Object, list client.ObjectList, store cache.ReflectorStore) {
 	options := func(o metav1.ListOptions) *client.ListOptions {
