@@ -26,3 +26,24 @@ func (h *history) warmKeys(id model.InstanceID, now time.Time) (keys model.WarmK
 	slices.Sort(keys[:n])
 	return keys
 }
+
+// seeJob takes in the job that a pod's runner has picked up, whose key the pod
+// itself does not bear. That it began after the key's last use tells it from
+// one that is known already, after a restart too.
+func (h *history) seeJob(p model.Pod, instance model.InstanceID) {
+	if instance == "" || p.Job == "" || p.Started.IsZero() {
+		return
+	}
+	u := h.last(instance, scoring.KeyOf(p.Job))
+	before := u
+	if u.Last.Before(p.Started) {
+		u.Count++
+		u.Last = p.Started
+	}
+	if p.Finished.After(u.Last) {
+		u.Last = p.Finished
+	}
+	if u != before {
+		h.use(instance, u)
+	}
+}

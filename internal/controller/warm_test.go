@@ -106,3 +106,44 @@ func TestLabelWritesInABusyHour(t *testing.T) {
 		})
 	}
 }
+
+// The job that a runner has picked up is known by a key of its own, beside that
+// of its scale set; each start of it counts once, in a later life too.
+func TestJobsThatRunnersPickUp(t *testing.T) {
+	h, now := newHistory(), time.Date(2026, 1, 5, 8, 0, 0, 0, time.UTC)
+	key := scoring.KeyOf("github/acme/shop")
+	p := model.Pod{UID: "p", Kind: model.PodRunner, Node: "n", Key: "arc/linux", Created: now}
+	want := func(what string, count int, last time.Time) {
+		t.Helper()
+		if u := h.last("i", key); u.Count != count || !u.Last.Equal(last) {
+			t.Errorf("%s: %d jobs, the last at %s; want %d at %s", what, u.Count, u.Last, count, last)
+		}
+	}
+	see := func(p model.Pod, instance model.InstanceID) { h.see(p, instance, now); h.seeJob(p, instance) }
+	see(p, "i")
+	p.Started = now
+	see(p, "i")
+	want("not picked up", 0, time.Time{})
+	p.Job = key.Value()
+	see(p, "")
+	want("instance not known", 0, time.Time{})
+	see(p, "i")
+	see(p, "i")
+	want("runs", 1, now)
+	p.Finished = now.Add(time.Minute)
+	see(p, "i")
+	see(p, "i")
+	want("ended", 1, p.Finished)
+	if got, want := h.warmKeys("i", p.Finished), (model.WarmKeys{"arc/linux", "github/acme/shop"}); got != want {
+		t.Errorf("labels %q, want %q", got, want)
+	}
+	next := newHistory()
+	next.restore(model.NodeRecord{ID: "i", Warmth: h.warmth("i", now)})
+	h = next
+	see(p, "i")
+	want("seen by a later life", 1, p.Finished)
+	again := p
+	again.UID, again.Started, again.Finished = "p2", now.Add(time.Hour), time.Time{}
+	see(again, "i")
+	want("another", 2, again.Started)
+}

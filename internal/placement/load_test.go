@@ -132,7 +132,7 @@ func measure(t *testing.T, handler http.Handler, bodies [][]byte, meanwhile func
 		due := begin.Add(time.Duration(i) * time.Second / rate)
 		time.Sleep(time.Until(due)) // the load is the test
 		wg.Go(func() {
-			resp, err := client.Post(url, "application/json", bytes.NewReader(bodies[i%len(bodies)])) //nolint:noctx // ends with the server
+			resp, err := client.Post(url, "application/json", bytes.NewReader(bodies[i%len(bodies)]))
 			if err != nil {
 				t.Error(err)
 				return

@@ -238,6 +238,9 @@ type Pod struct {
 	// Node is empty until the pod is bound.
 	Node NodeName
 	Key  CacheKey
+	// Job is the key of the job that the pod's runner has picked up, where that
+	// is known only then and says more than Key; else empty.
+	Job CacheKey
 	// Kind tells a job from an engine and from what may be ignored.
 	Kind PodKind
 	// Created, Started and Finished as in the pod's status.
