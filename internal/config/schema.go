@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -22,6 +23,9 @@ import (
 const (
 	nodeGroupLabel = model.Prefix + "/node-group"
 	hostnameLabel  = "kubernetes.io/hostname"
+	// warmLabelPrefix starts the labels of keys that a node is warm for. A new
+	// node is warm for none: cluster-autoscaler must not be promised one.
+	warmLabelPrefix = "cache." + model.Prefix + "/"
 )
 
 // What is wanted in fields that cannot be left out.
@@ -343,7 +347,7 @@ func label(key, value string) (want string) {
 	switch {
 	case len(validation.IsQualifiedName(key)) > 0:
 		return "a label key such as example.com/team"
-	case key == nodeGroupLabel || key == hostnameLabel:
+	case key == nodeGroupLabel || key == hostnameLabel || strings.HasPrefix(key, warmLabelPrefix):
 		return "no value: Hearth sets this label itself"
 	case len(validation.IsValidLabelValue(value)) > 0:
 		return "a label value: at most 63 letters, digits, dots, dashes and underscores"
