@@ -105,6 +105,7 @@ func (d *desk) job(node, key string) (end func()) {
 	d.pods++
 	p := model.Pod{UID: fmt.Sprint(d.pods), Kind: model.PodRunner, Node: model.NodeName(node), Key: model.CacheKey(key), Started: d.now}
 	d.index.PodChanged(p)
+	d.index.PodChanged(p) // its status changes, and it is told again
 	return func() {
 		p.Finished = d.now
 		d.index.PodChanged(p)
@@ -247,6 +248,9 @@ func TestLeastMissedFirst(t *testing.T) {
 	d.node("many", "a", "e", "f")      // the one that knows e and f
 	d.node("most", "a", "g", "h", "i") //
 	d.wantPreferences(t, "a", label(80, "a"), "20 nothing-else", "16 two-of-b", "12 two-of-b-too", "8 only-c", "4 many")
+	// A copy on a node that takes no pods is none.
+	d.put("two-of-b", func(n *model.Node) { n.Unschedulable = true }, "a", "b")
+	d.wantPreferences(t, "a", label(80, "a"), "20 nothing-else", "16 only-c", "12 two-of-b-too", "8 many", "4 most")
 }
 
 // A job that was seen to start makes its node warm before a label says so.
