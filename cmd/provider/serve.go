@@ -93,6 +93,7 @@ type provider struct {
 	controller *controller.Controller
 	server     *server.Server
 	http       *telemetry.HTTP
+	placer     *placer // nil: no placement webhook
 }
 
 // newProvider wires the parts. Nothing runs yet, but the ports are taken, so
@@ -126,8 +127,15 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 	if p.readings, err = dagger.NewWatcher(uint16(cfg.Engines.MetricsPort), p.world.EngineSampled, logger); err != nil {
 		return nil, err
 	}
+	watching := []watcher{p.readings}
+	if err := p.newPlacer(); err != nil {
+		return nil, err
+	}
+	if p.placer != nil {
+		watching = append(watching, p.placer.index)
+	}
 	if p.feed, err = kube.NewFeed(kube.FeedConfig{
-		Client: client, Sink: sink{p.world, p.readings}, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
+		Client: client, Sink: sink{p.world, watching}, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
 	}); err != nil {
 		return nil, err
 	}
@@ -174,7 +182,10 @@ func (p *provider) listen() error {
 		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
 		API: explain.Handler(p.controller.Report),
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	return p.listenForPlacement()
 }
 
 var errNotSynced = errors.New("the watches have not delivered what exists yet")
@@ -195,6 +206,7 @@ func (p *provider) run(ctx context.Context) error {
 	group.Go(func() error { p.events.Run(ctx); return nil })
 	group.Go(func() error { return p.server.Run(ctx) })
 	group.Go(func() error { return p.http.Run(ctx) })
+	p.placer.run(ctx, group)
 	group.Go(func() error { return config.Watch(ctx, p.path, p.cfg, p.apply, p.reloaded) })
 	group.Go(func() error { return p.elect(ctx) })
 	return group.Wait()
@@ -295,6 +307,7 @@ func (p *provider) lead(ctx context.Context) error {
 	group.Go(func() error { return p.backend.Run(ctx) })
 	group.Go(func() error { return p.controller.Run(ctx) })
 	group.Go(func() error { p.readings.Run(ctx); return nil })
+	p.placer.lead(ctx, group)
 	if p.cfg.Kubernetes.Kubeconfig == "" && os.Getenv("POD_NAME") == "" {
 		p.log.Warn("POD_NAME and POD_NAMESPACE are not set: the leader's pod gets no label for the Services to select")
 	}
@@ -320,17 +333,48 @@ func (p *provider) labelPod(ctx context.Context, namespace, pod string) {
 	}
 }
 
-// sink hands what the watches see to the controller, and of engines to whoever
-// reads them.
-type sink struct {
-	*controller.World
-	readings *dagger.Watcher
+// watcher is told of what exists beside the controller.
+type watcher interface {
+	NodeChanged(model.Node)
+	NodeGone(model.Node)
+	PodChanged(model.Pod)
+	PodGone(model.Pod)
 }
 
-func (s sink) NodeChanged(n model.Node) { s.World.NodeChanged(n); s.readings.NodeChanged(n) }
-func (s sink) NodeGone(n model.Node)    { s.World.NodeGone(n); s.readings.NodeGone(n) }
-func (s sink) PodChanged(p model.Pod)   { s.World.PodChanged(p); s.readings.PodChanged(p) }
-func (s sink) PodGone(p model.Pod)      { s.World.PodGone(p); s.readings.PodGone(p) }
+// sink hands what the watches see to the controller and to whoever else wants
+// it.
+type sink struct {
+	*controller.World
+	others []watcher
+}
+
+func (s sink) NodeChanged(n model.Node) {
+	s.World.NodeChanged(n)
+	for _, o := range s.others {
+		o.NodeChanged(n)
+	}
+}
+
+func (s sink) NodeGone(n model.Node) {
+	s.World.NodeGone(n)
+	for _, o := range s.others {
+		o.NodeGone(n)
+	}
+}
+
+func (s sink) PodChanged(p model.Pod) {
+	s.World.PodChanged(p)
+	for _, o := range s.others {
+		o.PodChanged(p)
+	}
+}
+
+func (s sink) PodGone(p model.Pod) {
+	s.World.PodGone(p)
+	for _, o := range s.others {
+		o.PodGone(p)
+	}
+}
 
 // ranker translates the expander's options for the controller.
 type ranker struct{ *provider }

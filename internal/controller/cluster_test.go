@@ -309,7 +309,7 @@ func (c *fakeCluster) ClearCATaint(ctx context.Context, name model.NodeName, uid
 
 func (c *fakeCluster) Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error {
 	return c.change(ctx, "mark", name, uid, func(n *model.Node) {
-		n.Marks.Decision, n.Marks.Reason = marks.Decision, marks.Reason
+		n.Marks.Decision, n.Marks.Reason, n.Marks.Warm = marks.Decision, marks.Reason, marks.Warm
 		switch {
 		case n.Marks.Protected && !n.Marks.ProtectedByUs: // a person's own
 		case marks.Protected:

@@ -267,6 +267,7 @@ func (o *owner) seePod(c podChange, now time.Time) {
 		see = o.history.gone
 	}
 	news := see(p, instance, now)
+	o.history.seeJob(p, instance)
 	group := o.groupOf[instance]
 	if group == "" {
 		group = p.Group

@@ -229,25 +229,37 @@ type marking struct {
 	protected bool
 	underway  bool
 	again     time.Time // when it may be asked again if the watch does not show it
+	relabel   time.Time // when its labels may change again
 }
 
-// mark keeps our annotations on the nodes as the plan says, one call at a time
-// for each node.
+// mark keeps our annotations on the nodes as the plan says, and their labels as
+// warm as they are, one call at a time for each node. A change of the labels
+// alone waits until they may change; whenever something is written they come
+// along.
 func (o *owner) mark(g *nodegroups.Group, now time.Time) {
 	for _, n := range g.Nodes() {
 		node := n.Node
 		want, ours := marks(g.Settings(), n, now)
+		if g.Settings().Runner() {
+			want.Warm = o.history.warmKeys(n.ID, now)
+		}
 		if !ours || node.Name == "" {
 			continue
 		}
 		have := node.Marks
 		protected := have.Protected == want.Protected || have.Protected && !have.ProtectedByUs
 		asked := o.marking[n.ID]
-		if have.Decision == want.Decision && protected || asked.underway ||
-			asked.decision == want.Decision && asked.protected == want.Protected && now.Before(asked.again) {
+		relabel := want.Warm != have.Warm && !now.Before(asked.relabel)
+		marked := have.Decision == want.Decision && protected ||
+			asked.decision == want.Decision && asked.protected == want.Protected && now.Before(asked.again)
+		if marked && !relabel || asked.underway {
 			continue
 		}
-		o.marking[n.ID] = marking{decision: want.Decision, protected: want.Protected, underway: true}
+		next := marking{decision: want.Decision, protected: want.Protected, underway: true, relabel: asked.relabel}
+		if want.Warm != have.Warm {
+			next.relabel = now.Add(relabelEvery)
+		}
+		o.marking[n.ID] = next
 		o.beside(o.clusters, func(ctx context.Context) {
 			if err := o.cfg.Nodes.Mark(ctx, node.Name, node.UID, want); err != nil && o.ctx.Err() == nil {
 				o.log.Error("annotating failed; it will be tried again", "node", node.Name, "err", err)

@@ -20,6 +20,7 @@ type World struct {
 	declared    map[model.GroupID]model.NodeGroup
 	seen        map[model.GroupID]map[string]string // annotations, the newest
 	keys        map[model.GroupID][]string          // cache-keys of each group
+	slots       map[model.GroupID]int               // jobs-per-node of each group
 	nodes       map[model.NodeName]nodeChange
 	pods        map[string]podChange
 	uses        map[model.NodeName]model.EngineUse
@@ -58,6 +59,7 @@ func (w *World) SetGroups(groups []model.NodeGroup) {
 	defer w.mu.Unlock()
 	w.declared = make(map[model.GroupID]model.NodeGroup, len(groups))
 	w.keys = make(map[model.GroupID][]string, len(groups))
+	w.slots = make(map[model.GroupID]int, len(groups))
 	for _, g := range groups {
 		w.declared[g.ID] = g
 		w.readKeys(g.ID)
@@ -68,6 +70,7 @@ func (w *World) readKeys(id model.GroupID) {
 	if spec, ok := w.declared[id]; ok {
 		settings, _ := nodegroups.Interpret(spec, w.seen[id])
 		w.keys[id] = settings.CacheKeys
+		w.slots[id] = settings.JobsPerNode
 	}
 }
 
@@ -77,6 +80,14 @@ func (w *World) KeysFor(group model.GroupID) []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.keys[group]
+}
+
+// JobsPerNode returns how many runner pods a node of the group takes at a time,
+// zero when the group is not known.
+func (w *World) JobsPerNode(group model.GroupID) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.slots[group]
 }
 
 func (w *World) changed() {

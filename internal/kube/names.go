@@ -8,8 +8,10 @@ const (
 	annotationReason      = model.Prefix + "/reason"
 	annotationProtectedBy = model.Prefix + "/scale-down-disabled-by"
 	protectedByUs         = "hearth"
-	labelCacheKey         = model.Prefix + "/cache-key" // on pods, by people; also as an annotation
-	labelWarmPrefix       = "cache." + model.Prefix + "/"
+	labelCacheKey         = model.Prefix + "/cache-key"   // on pods, by people; also as an annotation
+	labelWarmPrefix       = "cache." + model.Prefix + "/" // and the hash of a cache key
+	warm                  = "warm"                        // the value of such labels
+	annotationWarmKeys    = model.Prefix + "/warm-keys"   // what those hashes stand for
 	labelLeader           = model.Prefix + "/leader"
 
 	// finalizerExitCode keeps the pod of an engine that was told to stop until

@@ -3,9 +3,7 @@ package kube
 import (
 	"context"
 	"fmt"
-	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -63,8 +61,8 @@ func (n *Nodes) ClearCATaint(ctx context.Context, name model.NodeName, uid strin
 	return n.change(ctx, "clearing cluster-autoscaler's taint from", name, uid, clearCATaint)
 }
 
-// Mark brings our annotations on the Node in line with marks; a decision of ""
-// means none. Only the wish counts in marks.Protected: a person's own
+// Mark brings our annotations and labels on the Node in line with marks, in one
+// write or none; a decision of "" means none. Only the wish counts in marks.Protected: a person's own
 // scale-down-disabled stays as it is, whatever its value, and ProtectedByUs is
 // not read.
 func (n *Nodes) Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error {
@@ -219,6 +217,7 @@ func mark(o *corev1.Node, marks model.Marks) {
 			set(&o.Annotations, key, value)
 		}
 	}
+	markWarm(o, marks.Warm)
 	_, has := o.Annotations[annotationScaleDownDisabled]
 	ours := o.Annotations[annotationProtectedBy] == protectedByUs
 	switch {
@@ -236,7 +235,6 @@ func unmark(o *corev1.Node) {
 	mark(o, model.Marks{})
 	removeTaints(o, taintDraining)
 	delete(o.Labels, v1alpha1.NodeGroupLabel)
-	maps.DeleteFunc(o.Labels, func(key, _ string) bool { return strings.HasPrefix(key, labelWarmPrefix) })
 }
 
 func set(m *map[string]string, key, value string) {

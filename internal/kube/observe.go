@@ -30,6 +30,7 @@ func nodeFrom(n *corev1.Node) model.Node {
 			Reason:        n.Annotations[annotationReason],
 			Protected:     n.Annotations[annotationScaleDownDisabled] == "true",
 			ProtectedByUs: n.Annotations[annotationProtectedBy] == protectedByUs,
+			Warm:          warmKeys(n),
 		},
 		Labels: n.Labels,
 	}
@@ -195,9 +196,12 @@ const maxKeyLength = 253
 //
 //   - hearth.dev/cache-key, which people set where they know better;
 //   - GitHub's actions-runner-controller: namespace and name of the runner
-//     scale set (labels, set by its controller);
+//     scale set (labels that it puts on runners, and on listeners, which run no
+//     jobs and have no key);
 //   - GitLab Runner: the project's id (an annotation, in newer versions also a
-//     label).
+//     label);
+//   - Buildkite's agent-stack-k8s: the pipeline's slug, else the repository
+//     (annotations).
 //
 // A key longer than 253 bytes is cut and ends in a hash of all of it.
 func CacheKey(labels, annotations map[string]string, keys []string) model.CacheKey {
@@ -214,11 +218,16 @@ func CacheKey(labels, annotations map[string]string, keys []string) model.CacheK
 		}
 		return prefix + strings.Join(values, "/")
 	}
+	if labels["app.kubernetes.io/component"] == "runner-scale-set-listener" {
+		return ""
+	}
 	return bounded(cmp.Or(
 		joined("", keys...),
 		value(labelCacheKey),
 		joined("", "actions.github.com/scale-set-namespace", "actions.github.com/scale-set-name"),
 		joined("gitlab/", "project.runner.gitlab.com/id"),
+		joined("buildkite/", "buildkite.com/pipeline-slug"),
+		joined("buildkite/", "buildkite.com/build-repo"),
 	))
 }
 

@@ -1,6 +1,7 @@
 package kube
 
 import (
+	"maps"
 	"strings"
 	"testing"
 	"time"
@@ -242,6 +243,79 @@ func TestCacheKey(t *testing.T) {
 		{"all of the group's keys missing", arc, nil, []string{"repo", "flow"}, "arc-runners/linux-large"},
 		{"too long", nil, map[string]string{"hearth.dev/cache-key": long}, nil,
 			model.CacheKey(strings.Repeat("é", 118) + "~df20b2aa6262e99e")},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := CacheKey(tt.labels, tt.annotations, tt.keys); got != tt.want {
+				t.Errorf("got %q; want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+// TestCacheKeyOfEachSystem goes by all that each CI system puts on the pod of a
+// job, as its controller's source of 2026 has it.
+func TestCacheKeyOfEachSystem(t *testing.T) {
+	runner := func(component string) map[string]string {
+		return map[string]string{
+			"actions-ephemeral-runner":               "True",
+			"actions.github.com/organization":        "acme",
+			"actions.github.com/scale-set-name":      "linux-large",
+			"actions.github.com/scale-set-namespace": "arc-runners",
+			"app.kubernetes.io/component":            component,
+			"app.kubernetes.io/part-of":              "gha-runner-scale-set",
+			"app.kubernetes.io/version":              "0.14.0",
+			"pod-template-hash":                      "5d9c7f8b6d",
+		}
+	}
+	gitlab := map[string]string{
+		"job.runner.gitlab.com/before_sha": "0000000000000000000000000000000000000000",
+		"job.runner.gitlab.com/id":         "991",
+		"job.runner.gitlab.com/name":       "build: [amd64]",
+		"job.runner.gitlab.com/ref":        "main",
+		"job.runner.gitlab.com/sha":        "2d2e5b1",
+		"job.runner.gitlab.com/timeout":    "1h0m0s",
+		"job.runner.gitlab.com/url":        "https://gitlab.example.com/acme/shop/-/jobs/991",
+		"project.runner.gitlab.com/id":     "42",
+	}
+	buildkite := map[string]string{
+		"buildkite.com/build-branch":                     "main",
+		"buildkite.com/build-repo":                       "git@github.com:acme/shop.git",
+		"buildkite.com/build-url":                        "https://buildkite.com/acme/shop/builds/7",
+		"buildkite.com/job-priority":                     "0",
+		"buildkite.com/job-url":                          "https://buildkite.com/acme/shop/builds/7#0196",
+		"buildkite.com/pipeline-slug":                    "shop",
+		"buildkite.com/step-key":                         "unit",
+		"cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+	}
+	older := maps.Clone(buildkite)
+	delete(older, "buildkite.com/pipeline-slug")
+	agent := map[string]string{
+		"buildkite.com/job-uuid": "0196-af", "buildkite.com/controller-id": "agents", "tag.buildkite.com/queue": "kubernetes",
+	}
+	for _, tt := range []struct {
+		name                string
+		labels, annotations map[string]string
+		keys                []string
+		want                model.CacheKey
+	}{
+		{"ARC runner", runner("runner"), map[string]string{"actions.github.com/patch-id": "3"}, nil, "arc-runners/linux-large"},
+		{"ARC listener", runner("runner-scale-set-listener"), nil, nil, ""},
+		{"ARC runner, the group asks for the organisation", runner("runner"), nil, []string{"actions.github.com/organization"}, "acme"},
+		{"GitLab, before labels", map[string]string{"pod": "runner-t1-project-42-concurrent-0"}, gitlab, nil, "gitlab/42"},
+		{"GitLab", map[string]string{
+			"job.runner.gitlab.com/pod": "runner-t1-project-42-concurrent-0", "manager.runner.gitlab.com/id-short": "t1",
+			"manager.runner.gitlab.com/name": "k8s", "pod": "runner-t1-project-42-concurrent-0",
+			"project.runner.gitlab.com/id": "42", "project.runner.gitlab.com/name": "shop",
+			"project.runner.gitlab.com/namespace": "acme", "project.runner.gitlab.com/namespace-id": "5",
+			"project.runner.gitlab.com/root-namespace": "acme",
+		}, gitlab, nil, "gitlab/42"},
+		{"GitLab, by project and job", nil, gitlab, []string{"project.runner.gitlab.com/id", "job.runner.gitlab.com/name"}, "42/build: [amd64]"},
+		{"GitLab, capacity held by pause pods", map[string]string{"runner.gitlab.com/pause-pod": "true"}, nil, nil, ""},
+		{"Buildkite", agent, buildkite, nil, "buildkite/shop"},
+		{"Buildkite, before slugs", agent, older, nil, "buildkite/git@github.com:acme/shop.git"},
+		{"Buildkite, by pipeline and step", agent, buildkite, []string{"buildkite.com/pipeline-slug", "buildkite.com/step-key"}, "shop/unit"},
+		{"a plain Job", map[string]string{"job-name": "nightly", "batch.kubernetes.io/job-name": "nightly"}, nil, nil, ""},
+		{"a plain Job that says", map[string]string{"job-name": "nightly", "hearth.dev/cache-key": "nightly"}, nil, nil, "nightly"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := CacheKey(tt.labels, tt.annotations, tt.keys); got != tt.want {

@@ -26,6 +26,8 @@ type Metrics struct {
 	Vetoes           *prometheus.CounterVec // nodegroup, reason
 	AnnotationErrors *prometheus.GaugeVec   // nodegroup
 
+	Placements *prometheus.CounterVec // result
+
 	CloudRequestDuration *prometheus.HistogramVec // operation, code; seconds
 	SnapshotAge          prometheus.Gauge         // seconds
 	Leader               prometheus.Gauge         // 1 or 0
@@ -67,6 +69,8 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Vetoes:           counters("hearth_veto_total", "Requests of cluster-autoscaler to delete nodes that were vetoed, by reason.", "nodegroup", "reason"),
 		AnnotationErrors: gauges("hearth_annotation_errors", "Annotations of the node group that cannot be used and are ignored.", "nodegroup"),
 
+		Placements: counters("hearth_placement_requests_total", "Pods that the placement webhook was asked about: placed, late (warm nodes exist and have been full for long), says (the pod says itself where to run), foreign (no runner pod of a known key), bad (cannot be read).", "result"),
+
 		CloudRequestDuration: histograms("hearth_cloud_request_duration_seconds", "Duration of requests to the cloud by operation and result.",
 			[]float64{.01, .03, .1, .3, 1, 3, 10, 30}, "operation", "code"),
 		SnapshotAge: gauge("hearth_snapshot_age_seconds", "Age of the cloud snapshot that read requests are answered from."),
@@ -79,6 +83,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m.configReloadSuccessful.Set(1)
 	for _, result := range []string{"success", "failure"} {
 		m.configReloads.WithLabelValues(result)
+	}
+	for _, result := range []string{"placed", "late", "says", "foreign", "bad"} {
+		m.Placements.WithLabelValues(result)
 	}
 	return m
 }

@@ -130,7 +130,7 @@ func TestMetricsAreWellFormed(t *testing.T) {
 	want := []string{
 		"hearth_annotation_errors", "hearth_build_info", "hearth_cloud_request_duration_seconds", "hearth_config_last_reload_successful",
 		"hearth_config_reloads_total", "hearth_job_wait_seconds", "hearth_jobs_total", "hearth_leader", "hearth_nodegroup_hidden_nodes",
-		"hearth_nodegroup_nodes", "hearth_nodegroup_target_size", "hearth_scale_events_total", "hearth_snapshot_age_seconds", "hearth_veto_total",
+		"hearth_nodegroup_nodes", "hearth_nodegroup_target_size", "hearth_placement_requests_total", "hearth_scale_events_total", "hearth_snapshot_age_seconds", "hearth_veto_total",
 	}
 	families, err := reg.Gather()
 	if err != nil {

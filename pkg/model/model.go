@@ -212,8 +212,8 @@ type Node struct {
 	Labels map[string]string
 }
 
-// Marks are the annotations that Hearth keeps on the nodes of runner groups
-// (design: "On the nodes").
+// Marks are the annotations and labels that Hearth keeps on the nodes of runner
+// groups.
 type Marks struct {
 	Decision Decision
 	Reason   string
@@ -221,7 +221,15 @@ type Marks struct {
 	// ProtectedByUs: we set it and may take it off; a person's own stays.
 	Protected     bool
 	ProtectedByUs bool
+	// Warm are the keys that the node's labels call it warm for.
+	Warm WarmKeys
 }
+
+// MaxWarmLabels bounds the keys that a node's labels call it warm for.
+const MaxWarmLabels = 20
+
+// WarmKeys are cache keys in ascending order; the places left are empty.
+type WarmKeys [MaxWarmLabels]CacheKey
 
 // Pod is what matters of a pod that is bound to a node of ours or waits for
 // one.
@@ -232,6 +240,9 @@ type Pod struct {
 	// Node is empty until the pod is bound.
 	Node NodeName
 	Key  CacheKey
+	// Job is the key of the job that the pod's runner has picked up, where that
+	// is known only then and says more than Key; else empty.
+	Job CacheKey
 	// Kind tells a job from an engine and from what may be ignored.
 	Kind PodKind
 	// Created, Started and Finished as in the pod's status.
