@@ -1,82 +1,27 @@
 package controller
 
 import (
-	"bytes"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"math/rand/v2"
-	"net"
-	"os"
-	"os/exec"
-	"os/signal"
+	"net/url"
 	"path/filepath"
 	"slices"
-	"strconv"
-	"strings"
-	"sync"
-	"syscall"
 	"testing"
 	"time"
 
+	"github.com/hearth-ci/hearth/internal/dagger/enginetest"
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
-// engineFolder, when it is set, makes this binary an engine that keeps its data
-// in that folder.
-const engineFolder = "HEARTH_TEST_ENGINE_FOLDER"
-
-// beEngine behaves as a Dagger engine of v0.21 does with its data. It keeps what
-// its sessions write. Told to stop, it waits until they have left, marks its
-// data as clean, and ends with 0. Started on data that is not clean, it wipes
-// it.
-func beEngine(dir string) error {
-	file := func(name string) string { return filepath.Join(dir, name) }
-	term := make(chan os.Signal, 1)
-	signal.Notify(term, syscall.SIGTERM)
-	if _, err := os.Stat(file("dirty")); err == nil {
-		data, _ := os.ReadFile(file("data"))
-		if err := errors.Join(os.WriteFile(file("wiped"), []byte(strconv.Itoa(len(data))), 0o600), os.WriteFile(file("data"), nil, 0o600)); err != nil {
-			return err
-		}
-	}
-	if err := os.WriteFile(file("dirty"), nil, 0o600); err != nil {
-		return err
-	}
-	data, err := os.OpenFile(file("data"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		return err
-	}
-	_ = os.Remove(file("socket")) // left by one that was killed
-	listener, err := (&net.ListenConfig{}).Listen(context.Background(), "unix", file("socket"))
-	if err != nil {
-		return err
-	}
-	var sessions sync.WaitGroup
-	var accepting sync.WaitGroup
-	accepting.Go(func() {
-		for {
-			session, err := listener.Accept()
-			if err != nil {
-				return
-			}
-			sessions.Go(func() {
-				defer session.Close()
-				_, _ = io.Copy(data, session)
-			})
-		}
-	})
-	<-term
-	_ = listener.Close()
-	accepting.Wait()
-	sessions.Wait()
-	if err := data.Close(); err != nil {
-		return err
-	}
-	return os.Remove(file("dirty"))
-}
+const (
+	// written is what a job leaves in the cache of the engine that it ran on.
+	written = 1000
+	// lingers is for how many rounds of the kubelets a client stays on average
+	// when its pod has ended.
+	lingers = 20
+)
 
 // engineProcesses runs the engines of a fakeCluster as processes of their own,
 // each in the folder that its machine keeps through all stops. Everything but
@@ -84,73 +29,94 @@ func beEngine(dir string) error {
 type engineProcesses struct {
 	t    *testing.T
 	root string
-	// byPod are the processes by the UID of their pod, sessions the connections
-	// of jobs by the UID of theirs.
+	// byPod are the processes by the UID of their pod, sessions those of jobs
+	// by the UID of theirs.
 	byPod    map[string]*engineProcess
-	sessions map[string]net.Conn
+	sessions map[string]*enginetest.Session
 	// crashed are the machines whose engine was killed by the test itself since
 	// it last started.
 	crashed map[model.InstanceID]bool
 	losses  []string
-	written int // bytes by jobs
-	wiped   int // bytes that were lost by crashes
-	stops   int // that were clean
+	written int64 // bytes by jobs
+	wiped   int64 // bytes that were lost by crashes
+	stops   int   // that were clean
 }
 
 type engineProcess struct {
-	cmd     *exec.Cmd
-	done    chan struct{}
 	machine model.InstanceID
-	told    bool
+	crashed bool // the one before was, by the test
+	// started is closed when engine is set, and lost, which are the bytes that
+	// it wiped. It is nil if it could not be started.
+	started chan struct{}
+	engine  *enginetest.Engine
+	lost    int64
+}
+
+func (p *engineProcess) ready() bool {
+	select {
+	case <-p.started:
+		return p.engine != nil
+	default:
+		return false
+	}
 }
 
 func (p *engineProcess) ended() bool {
+	if !p.ready() {
+		return false
+	}
 	select {
-	case <-p.done:
+	case <-p.engine.Ended():
 		return true
 	default:
 		return false
 	}
 }
 
-func (e *engineProcesses) folder(id model.InstanceID) string {
-	return filepath.Join(e.root, strings.NewReplacer("/", "_", ":", "_").Replace(strings.TrimPrefix(string(id), "fake:///")))
+// kill ends the process, however young it is.
+func (p *engineProcess) kill() {
+	if <-p.started; p.engine != nil {
+		p.engine.Kill()
+	}
 }
 
-// start runs the engine of a pod.
+func (e *engineProcesses) folder(id model.InstanceID) string {
+	return filepath.Join(e.root, url.PathEscape(string(id)))
+}
+
+func (e *engineProcesses) bytes(id model.InstanceID) int64 {
+	return enginetest.Bytes(e.folder(id), "repo")
+}
+
+// start runs the engine of a pod. The cluster does not wait for that.
 func (e *engineProcesses) start(uid string, id model.InstanceID) {
-	dir := e.folder(id)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		e.t.Error(err)
-		return
-	}
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), engineFolder+"="+dir)
-	cmd.Stderr = os.Stderr
-	if err := cmd.Start(); err != nil {
-		e.t.Error(err)
-		return
-	}
-	p := &engineProcess{cmd: cmd, done: make(chan struct{}), machine: id}
-	go func() { _ = cmd.Wait(); close(p.done) }()
+	p := &engineProcess{machine: id, crashed: e.crashed[id], started: make(chan struct{})}
+	delete(e.crashed, id)
 	e.byPod[uid] = p
+	before := e.bytes(id)
+	go func() {
+		defer close(p.started)
+		var err error
+		// Nobody asks for its metrics.
+		if p.engine, err = enginetest.Start(context.Background(), enginetest.Config{Dir: e.folder(id), Refresh: time.Hour}); err != nil {
+			e.t.Error(err)
+			return
+		}
+		p.lost = before - e.bytes(id)
+	}()
 }
 
 // account looks whether an engine has wiped its data, and whose doing that was.
-func (e *engineProcesses) account(id model.InstanceID) {
-	wiped := filepath.Join(e.folder(id), "wiped")
-	lost, err := os.ReadFile(wiped)
-	if err != nil {
+func (e *engineProcesses) account(p *engineProcess) {
+	if !p.ready() || p.lost == 0 {
 		return
 	}
-	n, _ := strconv.Atoi(string(bytes.TrimSpace(lost)))
-	if e.crashed[id] {
-		e.wiped += n
+	if p.crashed {
+		e.wiped += p.lost
 	} else {
-		e.losses = append(e.losses, fmt.Sprintf("%d bytes on %s", n, id))
+		e.losses = append(e.losses, fmt.Sprintf("%d bytes on %s", p.lost, p.machine))
 	}
-	delete(e.crashed, id)
-	_ = os.Remove(wiped)
+	p.lost = 0
 }
 
 // run is the work of the kubelets, for engines and for the sessions of jobs.
@@ -163,12 +129,12 @@ func (e *engineProcesses) run(c *fakeCluster, now time.Time) {
 	}
 	for uid, p := range e.byPod {
 		if !running[p.machine] && !p.ended() {
-			_ = p.cmd.Process.Kill() // as the machine's end does
-			<-p.done
-			if data, _ := os.ReadFile(filepath.Join(e.folder(p.machine), "data")); len(data) > 0 {
-				e.losses = append(e.losses, fmt.Sprintf("%d bytes on %s, which ended before its engine", len(data), p.machine))
+			p.kill() // as the machine's end does
+			if n := e.bytes(p.machine); n > 0 {
+				e.losses = append(e.losses, fmt.Sprintf("%d bytes on %s, which ended before its engine", n, p.machine))
 			}
 		}
+		e.account(p)
 		if p.ended() && !running[p.machine] {
 			delete(e.byPod, uid)
 		}
@@ -181,27 +147,21 @@ func (e *engineProcesses) run(c *fakeCluster, now time.Time) {
 		switch {
 		case !pod.EngineState.Guarded && (!registered || pod.exited()):
 			c.dropEngine(pod)
-		case p == nil || pod.exited():
+		case p == nil || !p.ready() || pod.exited():
 		case p.ended() && !pod.EngineState.Deleting: // the kubelet starts it again
 			pod.EngineState.Restarts, pod.EngineState.LastExit = pod.EngineState.Restarts+1, 137
 			c.podChanged(pod.Pod)
 			e.start(uid, p.machine)
-		case pod.EngineState.Deleting && !p.told:
-			p.told = true
-			_ = p.cmd.Process.Signal(syscall.SIGTERM)
 		case p.ended():
-			code := p.cmd.ProcessState.ExitCode()
-			if code < 0 {
-				code = 137
-			} else if code == 0 {
+			code, _ := p.engine.Wait(context.Background())
+			if code == 0 {
 				e.stops++
 			}
 			pod.exit(code)
 			c.podChanged(pod.Pod)
 			delete(e.byPod, uid)
-		}
-		if p != nil {
-			e.account(p.machine)
+		case pod.EngineState.Deleting:
+			p.engine.Stop()
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.nodes)) {
@@ -214,29 +174,29 @@ func (e *engineProcesses) run(c *fakeCluster, now time.Time) {
 
 // connect has every job that runs write to the engine beside it.
 func (e *engineProcesses) connect(c *fakeCluster) {
-	for uid, pod := range c.pods {
-		session := e.sessions[uid]
-		runs := !pod.Started.IsZero() && pod.Finished.IsZero()
-		if runs && session == nil {
-			id := c.nodes[pod.Node].ID
-			conn, err := net.Dial("unix", filepath.Join(e.folder(id), "socket"))
-			if err != nil {
-				continue // it is starting
-			}
-			n, err := conn.Write(bytes.Repeat([]byte("x"), 1000))
-			if err == nil {
-				e.written += n
-				e.sessions[uid] = conn
-			}
-		}
-		if !runs && session != nil {
-			_ = session.Close()
-			delete(e.sessions, uid)
+	at := map[model.NodeName]*engineProcess{}
+	for uid, pod := range c.engines {
+		if p := e.byPod[uid]; p != nil && p.ready() {
+			at[pod.Node] = p
 		}
 	}
+	for uid, pod := range c.pods {
+		p := at[pod.Node]
+		if pod.Started.IsZero() || !pod.Finished.IsZero() || e.sessions[uid] != nil || p == nil {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+		session, err := p.engine.Connect(ctx, "repo", e.bytes(p.machine)+written)
+		cancel()
+		if err == nil { // else it has ended, or is about to
+			e.written += written
+			e.sessions[uid] = session
+		}
+	}
+	// A client may leave later than its pod ends, as far as that is known.
 	for uid, session := range e.sessions {
-		if c.pods[uid] == nil {
-			_ = session.Close()
+		if pod := c.pods[uid]; (pod == nil || !pod.Finished.IsZero()) && rand.IntN(lingers) == 0 {
+			session.Close()
 			delete(e.sessions, uid)
 		}
 	}
@@ -245,11 +205,10 @@ func (e *engineProcesses) connect(c *fakeCluster) {
 // close ends every process.
 func (e *engineProcesses) close() {
 	for _, session := range e.sessions {
-		_ = session.Close()
+		session.Close()
 	}
 	for _, p := range e.byPod {
-		_ = p.cmd.Process.Kill()
-		<-p.done
+		p.kill()
 	}
 }
 
@@ -266,18 +225,13 @@ func TestNoByteIsLost(t *testing.T) {
 	for i := range schedules {
 		groups = append(groups, group(model.GroupID(fmt.Sprintf("g-%03d", i)), "max-idle", "1s", "park", "stop"))
 	}
-	root, err := os.MkdirTemp("", "hearth-engines-") //nolint:usetesting // short: it is part of a socket's path
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(root) })
 	l := newLab(t, groups)
 	l.cloud.boot, l.cloud.resume, l.cloud.stopping, l.cloud.terminating = 200*time.Millisecond, 200*time.Millisecond, 300*time.Millisecond, 300*time.Millisecond
 	l.cloud.setLatency(5 * time.Millisecond)
 	l.store.setLatency(time.Millisecond)
 	l.cluster.setLatency(5 * time.Millisecond)
 	engines := &engineProcesses{
-		t: t, root: root, byPod: map[string]*engineProcess{}, sessions: map[string]net.Conn{}, crashed: map[model.InstanceID]bool{},
+		t: t, root: t.TempDir(), byPod: map[string]*engineProcess{}, sessions: map[string]*enginetest.Session{}, crashed: map[model.InstanceID]bool{},
 	}
 	l.cluster.locked(func() { l.cluster.daemons = &engineDaemons{real: engines} })
 	t.Cleanup(func() {
@@ -382,10 +336,9 @@ func (c *fakeCluster) crash(e *engineProcesses, node model.NodeName) bool {
 	c.state.Lock()
 	defer c.state.Unlock()
 	for uid, engine := range c.engines {
-		if p := e.byPod[uid]; engine.Node == node && p != nil && !p.ended() {
+		if p := e.byPod[uid]; engine.Node == node && p != nil && p.ready() && !p.ended() {
 			e.crashed[p.machine] = true
-			_ = p.cmd.Process.Kill()
-			<-p.done
+			p.kill()
 			return true
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -16,19 +15,14 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 
+	"github.com/hearth-ci/hearth/internal/dagger/enginetest"
 	"github.com/hearth-ci/hearth/internal/telemetry"
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
 
 func TestMain(m *testing.M) {
-	if dir := os.Getenv(engineFolder); dir != "" {
-		if err := beEngine(dir); err != nil {
-			fmt.Fprintln(os.Stderr, "engine:", err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
+	enginetest.Main()
 	goleak.VerifyTestMain(m)
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -38,6 +39,7 @@ type Engine struct {
 	URL     string
 
 	cmd    *exec.Cmd
+	stop   sync.Once
 	ended  chan struct{}
 	code   int          // to be read when it has ended
 	stderr bytes.Buffer // likewise
@@ -109,8 +111,9 @@ func (e *Engine) reap() {
 // Signal sends a signal. One that has ended does not mind.
 func (e *Engine) Signal(s os.Signal) { _ = e.cmd.Process.Signal(s) }
 
-// Stop begins a clean stop, as a kubelet does: [Engine.Wait] tells its outcome.
-func (e *Engine) Stop() { e.Signal(syscall.SIGTERM) }
+// Stop begins a clean stop, as a kubelet does, who tells an engine once however
+// often it is called: [Engine.Wait] tells its outcome.
+func (e *Engine) Stop() { e.stop.Do(func() { e.Signal(syscall.SIGTERM) }) }
 
 // Kill ends the engine uncleanly, and returns when it has ended.
 func (e *Engine) Kill() {
