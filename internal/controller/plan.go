@@ -61,7 +61,11 @@ func (o *owner) planGroup(g *nodegroups.Group, now time.Time) {
 			others = append(others, held{node, &model.Reason{Code: "not-ready", Text: "its Node is not Ready"}})
 		case n.Busy:
 			request.Bounds.Busy++
-			others = append(others, held{node, &model.Reason{Code: "busy", Text: "it runs a CI job"}})
+			text := "its engine has sessions"
+			if o.history.busy(n.Node.Name) {
+				text = "it runs a CI job"
+			}
+			others = append(others, held{node, &model.Reason{Code: "busy", Text: text}})
 		case m.Protected && !m.ProtectedByUs:
 			// Left out of the plan: released in vain it would keep those that
 			// go after it from ever going.
