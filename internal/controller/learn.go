@@ -69,10 +69,14 @@ func costs(s nodegroups.Settings, boot, resume time.Duration) scoring.Costs {
 	return c
 }
 
-// arrived takes in that a pod asks for a node of the group, once that is known,
-// or does no longer.
-func (o *owner) arrived(p model.Pod, group model.GroupID, gone bool, now time.Time) {
-	seen := o.history.pods[p.UID]
+// arrived takes in that a pod has come to run on a node of the group, or does no
+// longer; before is what was known of it. A pod that never gets a node says
+// nothing about jobs.
+func (o *owner) arrived(before seenPod, p model.Pod, group model.GroupID, gone bool, now time.Time) {
+	seen := before
+	if !gone {
+		seen = o.history.pods[p.UID]
+	}
 	g := o.fleet[group]
 	over := gone || !p.Finished.IsZero()
 	switch {
@@ -81,14 +85,14 @@ func (o *owner) arrived(p model.Pod, group model.GroupID, gone bool, now time.Ti
 			l.jobs--
 		}
 		seen.group = ""
-	case seen.group == "" && !over && g != nil && g.Settings().Runner():
+	case seen.group == "" && !over && p.Node != "" && g != nil && g.Settings().Runner():
 		l := o.learntOf(g)
 		l.jobs++
 		seen.group = group
 		// Those that came before the memory was kept are in it.
 		if key := p.Key; now.Sub(p.Created) < fresh && p.Created.After(l.contains) {
 			slots := g.Settings().JobsPerNode
-			l.memory.JobArrived(scoring.KeyOf(key), (l.jobs+slots-1)/slots, now)
+			l.memory.JobArrived(scoring.KeyOf(key), (l.jobs+slots-1)/slots, slots, p.Created)
 			l.changed = true
 		}
 	default:
@@ -107,7 +111,7 @@ func (l *learnt) told(p model.Pod, news *job, ready time.Time) {
 		l.changed = true
 	}
 	if news.started && p.Started.After(l.contains) {
-		l.memory.Ledger.Job(ready.After(p.Created))
+		l.memory.JobStarted(ready.After(p.Created))
 		l.changed = true
 	}
 }

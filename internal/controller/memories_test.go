@@ -70,7 +70,7 @@ func twoWeeks(until time.Time) *scoring.Memory {
 	for at := until.Add(-14 * 24 * time.Hour); !at.After(until); at = at.Add(15 * time.Minute) {
 		m.Ledger.Nodes(0, 2, at)
 		for i := range 2 {
-			m.JobArrived(scoring.KeyOf(model.CacheKey(fmt.Sprint(i))), i+1, at)
+			m.JobArrived(scoring.KeyOf(model.CacheKey(fmt.Sprint(i))), i+1, 1, at)
 			m.Ledger.Job(false)
 		}
 		m.Ledger.Nodes(2, 0, at)

@@ -266,13 +266,14 @@ func (o *owner) seePod(c podChange, now time.Time) {
 	if c.gone {
 		see = o.history.gone
 	}
+	before := o.history.pods[p.UID]
 	news := see(p, instance, now)
 	o.history.seeJob(p, instance)
 	group := o.groupOf[instance]
 	if group == "" {
 		group = p.Group
 	}
-	o.arrived(p, group, c.gone, now)
+	o.arrived(before, p, group, c.gone, now)
 	g := o.fleet[group]
 	if news == nil || g == nil {
 		return

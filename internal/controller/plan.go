@@ -94,6 +94,7 @@ func (o *owner) planGroup(g *nodegroups.Group, now time.Time) {
 			o.releasedAt[v.Instance] = now
 		}
 	}
+	l.memory.Decided(answer.Verdicts)
 	verdicts := answer.Verdicts
 	stock := scoring.NewStock(request.Nodes, now)
 	for _, h := range others {

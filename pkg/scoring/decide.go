@@ -195,8 +195,11 @@ func DecideParked(r Request, stock Stock, ahead int) Answer {
 // ahead of expected jobs: as many as it would keep running if they ran. It costs
 // no more than that.
 func Ahead(r Request, idle, parked int) (ahead int) {
-	if !r.Bounds.Park || !r.Bounds.Prewarm || r.Memory == nil || r.Memory.Forecast.Weeks() < 1 {
+	if !r.Bounds.Park || !r.Bounds.Prewarm || r.Memory == nil || r.Memory.Forecast.Weeks() < 1 || r.Memory.inVain {
 		return 0
+	}
+	if most := r.Bounds.MaxIdle; most != nil && *most <= Settle(r.Costs, true) {
+		return 0 // it would be given up again at once
 	}
 	s := r.Costs.running(true, 0)
 	trust := r.Costs.trust()
@@ -205,7 +208,7 @@ func Ahead(r Request, idle, parked int) (ahead int) {
 		return 0
 	}
 	for k := idle + r.Bounds.Coming + 1; ahead < parked && k <= r.Bounds.MaxWarm; k++ {
-		rent := s.rent * high.Hours() * float64(ahead+1) // if no job comes
+		rent := s.rent * high.Hours() * float64(k) // of all that wait, if no job comes
 		if !s.pays(r.Memory.Forecast.Rate(k, r.Now), margin) || !r.Memory.Ledger.affords(s, trust, rent, 0) {
 			break
 		}
@@ -297,6 +300,7 @@ func (p *planner) rank(stock Stock) []*candidate {
 type copyOf struct {
 	key, node, use int32
 	warmth         float64
+	last           int64 // warmth comes in steps, which must not decide an order
 }
 
 // copies returns what the nodes are warm for, key by key, the warmest first, and
@@ -317,7 +321,7 @@ func (p *planner) copies() ([]copyOf, []Key) {
 				number[u.Key] = k
 				order = append(order, u.Key)
 			}
-			copies = append(copies, copyOf{k, int32(i), int32(j), w})
+			copies = append(copies, copyOf{k, int32(i), int32(j), w, u.Last.UnixNano()})
 		}
 	}
 	// By key without comparing: a counting sort.
@@ -335,7 +339,7 @@ func (p *planner) copies() ([]copyOf, []Key) {
 	}
 	for k := range order {
 		slices.SortFunc(sorted[begin[k]:begin[k+1]], func(a, b copyOf) int {
-			return cmp.Or(cmp.Compare(b.warmth, a.warmth), cmp.Compare(p.Nodes[a.node].Instance, p.Nodes[b.node].Instance))
+			return cmp.Or(cmp.Compare(b.last, a.last), cmp.Compare(p.Nodes[a.node].Instance, p.Nodes[b.node].Instance))
 		})
 	}
 	return sorted, order
@@ -417,7 +421,7 @@ func (p *planner) planIdle(idle []*candidate, parked int) {
 		case k > p.Bounds.MaxWarm:
 			p.because(c, leave, "max-warm", "%d more valuable nodes are idle, max-warm is %d", i, p.Bounds.MaxWarm)
 		case p.Bounds.MaxIdle != nil && since >= *p.Bounds.MaxIdle:
-			p.because(c, leave, "max-idle", "idle for %s, max-idle is %s", round(since), *p.Bounds.MaxIdle)
+			p.because(c, leave, tooLong, "idle for %s, max-idle is %s", round(since), *p.Bounds.MaxIdle)
 		case since < settle && since < low:
 			p.soonest(c.node.IdleSince.Add(min(settle, low)))
 			p.because(c, model.DecisionKeep, "recent", "idle for %s, which is less than going and coming back takes", round(since))
@@ -426,10 +430,10 @@ func (p *planner) planIdle(idle []*candidate, parked int) {
 			p.soonest(p.Now.Add(lookAgain))
 			p.because(c, model.DecisionKeep, wanted, "%.2f times an hour jobs need %d nodes at once, which pays its rent of $%.2f/h", rate, k, s.rent)
 		case pays():
-			p.because(c, leave, "bound", "idle for %s: whatever is forecast, the rent paid is %.1f times what its absence costs", round(since), since.Hours()/bound.Hours())
+			p.because(c, leave, spent, "idle for %s: whatever is forecast, the rent paid is %.1f times what its absence costs", round(since), since.Hours()/bound.Hours())
 		case since < low && !p.Memory.Ledger.affords(s, trust, 0, given+1):
 			p.soonest(c.node.IdleSince.Add(low))
-			p.because(c, model.DecisionKeep, "bound", "idle for %s: its rent reaches what its absence costs after %s, and too little is known to let it go much sooner", round(since), round(bound))
+			p.because(c, model.DecisionKeep, spent, "idle for %s: its rent reaches what its absence costs after %s, and too little is known to let it go much sooner", round(since), round(bound))
 		default:
 			p.because(c, leave, "idle", "idle for %s, and only %.2f times an hour jobs need %d nodes at once: its rent of $%.2f/h does not pay", round(since), rate, k, s.rent)
 		}
@@ -482,8 +486,13 @@ const (
 	resolve = time.Minute
 )
 
-// wanted is the code of the reason that the forecast pays for an idle node.
-const wanted = "forecast"
+// Codes of reasons: the forecast pays for an idle node; or it does, and the
+// node goes all the same, by its bound or by max-idle.
+const (
+	wanted  = "forecast"
+	spent   = "bound"
+	tooLong = "max-idle"
+)
 
 // Wanted says whether a node is kept because the forecast pays for it.
 func Wanted(v model.Verdict) bool {

@@ -38,7 +38,8 @@ type Forecast struct {
 	last   time.Time
 
 	// open is the batch that is still growing.
-	open   int
+	open   int // jobs, of which slots share a node
+	slots  int
 	openAt time.Time
 
 	// need[n-1][hour] is the weight of the batches that needed at least n
@@ -74,9 +75,9 @@ func HourOfWeek(t time.Time) int {
 }
 
 // Arrived takes in the arrival of one job, which made nodes the number of nodes
-// that the jobs running and waiting need. Arrivals come in order of time; one
+// that the jobs running and waiting need; slots jobs share a node. Arrivals come in order of time; one
 // that lies before the last counts as if it arrived with it.
-func (f *Forecast) Arrived(nodes int, at time.Time) {
+func (f *Forecast) Arrived(nodes, slots int, at time.Time) {
 	if at.Before(f.last) {
 		at = f.last
 	}
@@ -93,6 +94,7 @@ func (f *Forecast) Arrived(nodes int, at time.Time) {
 		f.came++
 	}
 	f.open++
+	f.slots = max(slots, 1)
 	nodes = min(max(nodes, 1), MaxLevel)
 	for len(f.levels) < nodes {
 		f.levels = append(f.levels, 0)
@@ -103,7 +105,8 @@ func (f *Forecast) Arrived(nodes int, at time.Time) {
 // close counts the batch that has stopped growing.
 func (f *Forecast) close() {
 	hour := HourOfWeek(f.openAt)
-	size := min(f.open, MaxBatch)
+	slots := max(f.slots, 1)
+	size := min((f.open+slots-1)/slots, MaxBatch)
 	for len(f.all) < size {
 		f.need = append(f.need, [HoursOfWeek]float64{})
 		f.all = append(f.all, 0)

@@ -19,7 +19,7 @@ func TestForecastLearnsTheHour(t *testing.T) {
 	for week := range weeks {
 		at := now.Add(time.Duration(week-weeks) * 7 * 24 * time.Hour) // now is a Monday's noon
 		for i := range 3 {
-			f.Arrived(i+1, at.Add(time.Duration(i)*10*time.Second))
+			f.Arrived(i+1, 1, at.Add(time.Duration(i)*10*time.Second))
 		}
 	}
 	noon, night := f.Rate(3, now), f.Rate(3, now.Add(12*time.Hour))
@@ -43,14 +43,14 @@ func TestForecastBatches(t *testing.T) {
 	f := scoring.NewForecast(45 * time.Second)
 	at := now
 	for range 10 {
-		f.Arrived(1, at)
+		f.Arrived(1, 1, at)
 		at = at.Add(time.Minute)
 	}
 	if f.Needed() != 1 {
 		t.Errorf("%d nodes were needed at once by jobs a minute apart", f.Needed())
 	}
 	before := f.Mean(1) * 24 // a day counts at least
-	f.Arrived(1, at.Add(365*24*time.Hour))
+	f.Arrived(1, 1, at.Add(365*24*time.Hour))
 	if after := f.Mean(1); after > before/100 {
 		t.Errorf("after a year of silence %.5f batches an hour are expected", after)
 	}
@@ -62,10 +62,10 @@ func TestForecastFollowsTheHour(t *testing.T) {
 	steady := func(last int) *scoring.Forecast {
 		f := scoring.NewForecast(45 * time.Second)
 		for at := now.Add(-3 * 7 * 24 * time.Hour); at.Before(now.Add(-2 * time.Hour)); at = at.Add(15 * time.Minute) {
-			f.Arrived(1, at)
+			f.Arrived(1, 1, at)
 		}
 		for i := range last {
-			f.Arrived(1, now.Add(-time.Hour+time.Duration(i)*time.Hour/time.Duration(last)))
+			f.Arrived(1, 1, now.Add(-time.Hour+time.Duration(i)*time.Hour/time.Duration(last)))
 		}
 		return f
 	}

@@ -15,6 +15,9 @@ const (
 	// enough jobs, warm and cold, say what a cache saves; until then the
 	// group's cold penalty does.
 	enough = 3
+	// mostSaved bounds what a cache is believed to save, in seconds: jobs that
+	// idle on purpose must not keep nodes for days.
+	mostSaved = 3600
 	// recently bounds how many jobs a mean duration goes back.
 	recently = 20
 	// strangers is the share that a key gets of which nothing was learnt:
@@ -26,14 +29,12 @@ const (
 // It is not safe for concurrent use.
 type Keys struct {
 	penalty time.Duration // what a cold job loses until any key's is known
-	// learnt is the sum over the keys whose own saving is known, in seconds.
-	learnt struct {
-		keys    int
-		seconds float64
-	}
-	began time.Time
-	total float64
-	known map[Key]*keyStats
+	// learnt sums up the keys whose own saving is known, in seconds, each by its
+	// weight: a key that is asked for a few times must not speak for all.
+	learnt struct{ weight, seconds float64 }
+	began  time.Time
+	total  float64
+	known  map[Key]*keyStats
 }
 
 type keyStats struct {
@@ -73,7 +74,10 @@ func (k *Keys) Arrived(key Key, at time.Time) {
 	}
 	weight := math.Exp2(at.Sub(k.began).Hours() / fades.Hours())
 	k.total += weight
-	k.stats(key).weight += weight
+	s := k.stats(key)
+	k.count(s, -1)
+	s.weight += weight
+	k.count(s, +1)
 	if k.total > 1e100 { // after decades
 		k.rescale()
 	}
@@ -83,6 +87,8 @@ func (k *Keys) rescale() {
 	for _, s := range k.known {
 		s.weight /= k.total
 	}
+	k.learnt.weight /= k.total
+	k.learnt.seconds /= k.total
 	k.began = k.began.Add(time.Duration(math.Log2(k.total) * float64(fades)))
 	k.total = 1
 }
@@ -100,16 +106,16 @@ func (k *Keys) Finished(key Key, warm bool, took time.Duration) {
 }
 
 // count adds what is known of a key to the group's sum, or takes it away.
-func (k *Keys) count(s *keyStats, by int) {
+func (k *Keys) count(s *keyStats, by float64) {
 	if saves, known := s.saves(); known {
-		k.learnt.keys += by
-		k.learnt.seconds += float64(by) * saves
+		k.learnt.weight += by * s.weight
+		k.learnt.seconds += by * s.weight * saves
 	}
 }
 
 // saves is what a warm cache of this key saves, in seconds, once it is known.
 func (s *keyStats) saves() (seconds float64, known bool) {
-	return max(s.cold.value-s.warm.value, 0), s.warm.n >= enough && s.cold.n >= enough
+	return min(max(s.cold.value-s.warm.value, 0), mostSaved), s.warm.n >= enough && s.cold.n >= enough
 }
 
 func (k *Keys) stats(key Key) *keyStats {
@@ -142,8 +148,8 @@ func (k *Keys) prune() {
 // one, the cold penalty.
 func (k *Keys) Of(key Key) (share, saves float64) {
 	share, saves = strangers, k.penalty.Seconds()
-	if k.learnt.keys > 0 {
-		saves = k.learnt.seconds / float64(k.learnt.keys)
+	if k.learnt.weight > 1e-9*k.total { // what is less is what rounding has left
+		saves = k.learnt.seconds / k.learnt.weight
 	}
 	s := k.known[key]
 	if s == nil {

@@ -28,6 +28,8 @@ func (l *Ledger) Nodes(busy, idle int, now time.Time) {
 	if now.Before(l.at) || l.at.IsZero() {
 		l.at = now
 	}
+	left := decay(now.Sub(l.at), fades) // of all alike, so the comparison stays what it is
+	l.idleHours, l.spareHours, l.jobs, l.waits = l.idleHours*left, l.spareHours*left, l.jobs*left, l.waits*left
 	hours := now.Sub(l.at).Hours()
 	l.idleHours += hours * float64(l.idle)
 	l.spareHours += hours * float64(l.peak-l.busy)

@@ -1,6 +1,10 @@
 package scoring
 
-import "time"
+import (
+	"time"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+)
 
 // longStart is more than any start takes that will be like others.
 const longStart = 15 * time.Minute
@@ -14,6 +18,10 @@ type Memory struct {
 	Ledger   Ledger
 	// Boot and Resume are how long nodes took to start of late.
 	Boot, Resume time.Duration
+
+	// inVain: a node was given up although the forecast wants it, and no job has
+	// started since.
+	inVain bool
 }
 
 // NewMemory returns a Memory that has learnt nothing yet, of nodes that start
@@ -36,8 +44,29 @@ func (m *Memory) Started(resume bool, took time.Duration) {
 }
 
 // JobArrived takes in a new job, which made needed the number of nodes that the
-// jobs running and waiting need.
-func (m *Memory) JobArrived(key Key, needed int, at time.Time) {
+// jobs running and waiting need; slots of them share a node.
+func (m *Memory) JobArrived(key Key, needed, slots int, at time.Time) {
 	m.Keys.Arrived(key, at)
-	m.Forecast.Arrived(needed, at)
+	m.Forecast.Arrived(needed, slots, at)
+}
+
+// JobStarted takes in the start of a job, and whether it waited for a node to
+// boot or to resume.
+func (m *Memory) JobStarted(waited bool) {
+	m.Ledger.Job(waited)
+	m.inVain = false
+}
+
+// Decided takes in a plan that is carried out: a node that goes although the
+// forecast wants it has waited in vain, and none is brought back in its place
+// before a job has come.
+func (m *Memory) Decided(verdicts []model.Verdict) {
+	for _, v := range verdicts {
+		if v.Decision == model.DecisionKeep {
+			continue
+		}
+		for _, r := range v.Reasons {
+			m.inVain = m.inVain || r.Code == spent || r.Code == tooLong
+		}
+	}
 }

@@ -2,6 +2,7 @@ package scoring
 
 import (
 	"cmp"
+	"container/heap"
 	"maps"
 	"slices"
 	"time"
@@ -34,12 +35,20 @@ func RankParked(parked []Node, waiting map[Key]int, jobsPerNode, most int, keys 
 	}
 	var first []served
 	for _, key := range r.scarcestFirst() {
-		for r.left[key] > 0 {
-			i := r.leastMissed(r.holders[key], key)
-			if i < 0 {
-				break
+		holders := r.byMissed(key)
+		for r.left[key] > 0 && len(holders.list) > 0 {
+			// What a node is missed for only grows while others are taken, so
+			// one that is still the least is the least.
+			least := &holders.list[0]
+			if missed := r.missed(least.node, key); missed > least.missed {
+				least.missed = missed
+				heap.Fix(holders, 0)
+				continue
 			}
-			first = append(first, served{i, r.take(i, key)})
+			i := heap.Pop(holders).(holder).node
+			if !r.taken[i] {
+				first = append(first, served{i, r.take(i, key)})
+			}
 		}
 	}
 	slices.SortStableFunc(first, func(a, b served) int { return cmp.Compare(b.gain, a.gain) })
@@ -76,18 +85,47 @@ func (r *ranking) scarcestFirst() []Key {
 	})
 }
 
-func (r *ranking) leastMissed(nodes []int, key Key) int {
-	best, least := -1, 0.0
-	for _, i := range nodes {
-		if r.taken[i] {
-			continue
-		}
-		missed := r.stock.Missed(r.nodes[i], key, r.keys, r.now)
-		if best < 0 || missed < least || missed == least && r.nodes[i].Instance < r.nodes[best].Instance {
-			best, least = i, missed
+func (r *ranking) missed(node int, key Key) float64 {
+	return r.stock.Missed(r.nodes[node], key, r.keys, r.now)
+}
+
+// holder is a node that is warm for a key, and what others would miss it for.
+type holder struct {
+	node   int
+	missed float64
+}
+
+// byMissed are the holders of a key that are not taken, the least missed first.
+func (r *ranking) byMissed(key Key) *holders {
+	h := &holders{nodes: r.nodes}
+	for _, i := range r.holders[key] {
+		if !r.taken[i] {
+			h.list = append(h.list, holder{i, r.missed(i, key)})
 		}
 	}
-	return best
+	heap.Init(h)
+	return h
+}
+
+// holders is a heap.
+type holders struct {
+	nodes []Node
+	list  []holder
+}
+
+func (h *holders) Len() int      { return len(h.list) }
+func (h *holders) Swap(i, j int) { h.list[i], h.list[j] = h.list[j], h.list[i] }
+func (h *holders) Push(x any)    { h.list = append(h.list, x.(holder)) }
+
+func (h *holders) Less(i, j int) bool {
+	a, b := h.list[i], h.list[j]
+	return a.missed < b.missed || a.missed == b.missed && h.nodes[a.node].Instance < h.nodes[b.node].Instance
+}
+
+func (h *holders) Pop() any {
+	last := h.list[len(h.list)-1]
+	h.list = h.list[:len(h.list)-1]
+	return last
 }
 
 // take gives a node to the jobs of a key, and what slots are left to those of

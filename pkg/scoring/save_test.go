@@ -47,7 +47,7 @@ func TestSavedMemoryDecidesTheSame(t *testing.T) {
 			nodes := rapid.IntRange(1, 5).Draw(rt, "nodes")
 			switch rapid.IntRange(0, 4).Draw(rt, "event") {
 			case 0, 1:
-				m.JobArrived(key, nodes, at)
+				m.JobArrived(key, nodes, 1, at)
 			case 2:
 				m.Keys.Finished(key, rapid.Bool().Draw(rt, "warm"), time.Duration(nodes)*time.Minute)
 			case 3:
@@ -68,7 +68,7 @@ func TestSavedMemoryDecidesTheSame(t *testing.T) {
 		// They go on to learn the same, too.
 		at = at.Add(time.Duration(rapid.IntRange(0, 100_000).Draw(rt, "later")) * time.Second)
 		for _, each := range []*scoring.Memory{m, c, got} {
-			each.JobArrived(scoring.KeyOf("k0"), 2, at)
+			each.JobArrived(scoring.KeyOf("k0"), 2, 1, at)
 			each.Ledger.Nodes(0, 3, at)
 		}
 		for _, want := range []*scoring.Memory{m, c} {
@@ -128,9 +128,9 @@ func rich(keys, name int) *scoring.Memory {
 	at := now.Add(-104 * 7 * 24 * time.Hour)
 	for at.Before(now.Add(-time.Hour)) {
 		at = at.Add(time.Duration(5+dice.IntN(40)) * time.Minute)
-		m.Forecast.Arrived(1+dice.IntN(1024), at)
+		m.Forecast.Arrived(1+dice.IntN(1024), 1, at)
 		for size := 1 + dice.IntN(scoring.MaxBatch); size > 1; size-- {
-			m.Forecast.Arrived(1+dice.IntN(1024), at)
+			m.Forecast.Arrived(1+dice.IntN(1024), 1, at)
 		}
 		for range 4 {
 			key := names[dice.IntN(keys)]
@@ -177,7 +177,7 @@ func TestTimeAwayIsNotObserved(t *testing.T) {
 		t.Errorf("%v times the usual rate right after the time away", as)
 	}
 	// The decay goes on, but for both sides of the rate.
-	got.JobArrived(scoring.KeyOf("k0"), 1, later)
+	got.JobArrived(scoring.KeyOf("k0"), 1, 1, later)
 	if before, after := m.Forecast.Mean(1), got.Forecast.Mean(1); math.Abs(before-after) > 0.01 {
 		t.Errorf("%v batches an hour before, %v after the next job", before, after)
 	}
@@ -297,7 +297,7 @@ func FuzzLoad(f *testing.F) {
 		if err != nil {
 			return
 		}
-		m.JobArrived(scoring.KeyOf("k"), 3, now)
+		m.JobArrived(scoring.KeyOf("k"), 3, 1, now)
 		m.Ledger.Nodes(1, 1, now)
 		for _, v := range believed(m, now) {
 			if math.IsNaN(v) || math.IsInf(v, 0) || v < 0 {

@@ -116,7 +116,7 @@ func (h *hearth) recount(f *Fleet) {
 
 func (h *hearth) Arrived(f *Fleet, p *Pod) {
 	h.look(f)
-	h.memory.JobArrived(h.key(f, p.Key), nodesFor(f.Busy()+len(f.Waiting), f.World), time.Unix(f.Now, 0))
+	h.memory.JobArrived(h.key(f, p.Key), nodesFor(f.Busy()+len(f.Waiting), f.World), f.World.Slots, time.Unix(f.Now, 0))
 	h.arrived = true
 }
 
@@ -151,7 +151,7 @@ func (h *hearth) Place(f *Fleet, p *Pod) Choice {
 	switch c.verb {
 	case choiceTake:
 		h.look(f)
-		h.memory.Ledger.Job(p.Promise != nil)
+		h.memory.JobStarted(p.Promise != nil)
 		h.put(f, c.node, c.node.Jobs+1 < f.World.Slots)
 	case choiceAwait:
 		h.put(f, c.node, len(c.node.promised)+1 < f.World.Slots)
@@ -285,6 +285,7 @@ func (h *hearth) seen(nodes []*Node) []scoring.Node {
 }
 
 func (h *hearth) carryOut(f *Fleet, plan *Plan, nodes []*Node, answer scoring.Answer) {
+	h.memory.Decided(answer.Verdicts)
 	byID := make(map[model.InstanceID]*Node, len(nodes))
 	for _, n := range nodes {
 		byID[h.node(n).Instance] = n
