@@ -15,6 +15,10 @@ import (
 // GroupLabel of the group.
 const NodeGroupLabel = model.Prefix + "/node-group"
 
+// PlacementAnnotation is on pods that the placement webhook has seen: what it
+// decided, in words.
+const PlacementAnnotation = model.Prefix + "/placement"
+
 // GroupName returns the name of the group's RunnerNodeGroup: its id when that
 // is a valid object name, else a readable part of it and a hash.
 func GroupName(id model.GroupID) string {

@@ -6,10 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/hearth-ci/hearth/internal/explain"
+	"github.com/hearth-ci/hearth/internal/kube"
+	"github.com/hearth-ci/hearth/pkg/model"
 )
 
 func explainCommand() *cobra.Command {
@@ -22,8 +25,8 @@ func explainCommand() *cobra.Command {
 			"In a cluster, run `kubectl -n hearth port-forward deploy/hearth 8087` first; of several\n" +
 			"replicas only the leader, whose pod is labelled hearth.dev/leader=true, has a plan.",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if format != "table" && format != "json" {
-				return usageError{fmt.Errorf("unknown output format %q, known are table, json", format)}
+			if err := checkFormat(format); err != nil {
+				return err
 			}
 			name := ""
 			if len(args) > 0 {
@@ -32,8 +35,50 @@ func explainCommand() *cobra.Command {
 			return explained(cmd.Context(), cmd.OutOrStdout(), address, name, format == "json")
 		},
 	}
-	cmd.Flags().StringVar(&address, "address", "http://127.0.0.1:8087", "where the provider serves HTTP (http.address in its config)")
-	cmd.Flags().StringVarP(&format, "output", "o", "table", "table or json")
+	cmd.PersistentFlags().StringVar(&address, "address", "http://127.0.0.1:8087", "where the provider serves HTTP (http.address in its config)")
+	cmd.PersistentFlags().StringVarP(&format, "output", "o", "table", "table or json")
+	cmd.AddCommand(explainPodCommand(&address, &format))
+	return cmd
+}
+
+func checkFormat(format string) error {
+	if format != "table" && format != "json" {
+		return usageError{fmt.Errorf("unknown output format %q, known are table, json", format)}
+	}
+	return nil
+}
+
+func explainPodCommand(address, format *string) *cobra.Command {
+	namespace := ""
+	cmd := &cobra.Command{
+		Use: "pod NAME", Short: "Say which cache key a runner pod has, where it went, and why not elsewhere", Args: cobra.ExactArgs(1),
+		Long: "Asks the running provider about one runner pod: its cache key, what the placement webhook\n" +
+			"did, whether its node was warm for the key when it was bound, and why the other nodes that\n" +
+			"were warm did not get it. A pod that was deleted can be asked about for an hour.",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := checkFormat(*format); err != nil {
+				return err
+			}
+			name := args[0]
+			if space, rest, has := strings.Cut(name, "/"); has {
+				if cmd.Flags().Changed("namespace") && space != namespace {
+					return usageError{fmt.Errorf("--namespace says %q and the name says %q", namespace, space)}
+				}
+				namespace, name = space, rest
+			}
+			d, err := explain.FetchPod(cmd.Context(), *address, namespace, name)
+			switch {
+			case errors.Is(err, explain.ErrAddress):
+				return usageError{fmt.Errorf("--address: %w", err)}
+			case err != nil:
+				return err
+			case *format == "json":
+				return writeJSON(cmd.OutOrStdout(), d)
+			}
+			return d.WriteText(cmd.OutOrStdout(), kube.WarmLabel(model.CacheKey(d.Key)))
+		},
+	}
+	cmd.Flags().StringVarP(&namespace, "namespace", "n", "default", "the pod's namespace, if its name does not say: NAMESPACE/NAME")
 	return cmd
 }
 

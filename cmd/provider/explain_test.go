@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"net/http/httptest"
 	"os"
@@ -81,27 +83,79 @@ func morning() *explain.Report {
 	}}
 }
 
+// told is a provider that answers with a report, and tells of the pods of
+// that morning.
+type told func() *explain.Report
+
+func (r told) Report() *explain.Report { return r() }
+
+func (r told) Pod(_ context.Context, namespace, name string) (*explain.Pod, error) {
+	now := r()
+	if now == nil {
+		return nil, errors.New("not leading")
+	}
+	at := now.At
+	node := func(i int) string { return fmt.Sprintf("ip-10-0-12-%d.eu-central-1.compute.internal", i) }
+	other := func(i int, warmth float64, code, text string) explain.Other {
+		o := explain.Other{Name: node(i), Instance: fmt.Sprintf("aws:///eu-central-1a/i-%017d", i), Group: "runners-a", Warmth: warmth, Why: explain.Reason{Code: code, Text: text}}
+		if code == "parked" {
+			o.Name = ""
+		}
+		return o
+	}
+	d := explain.Pod{At: at, Namespace: namespace, Name: name, State: explain.PodRunning, Key: "acme/shop", Created: at.Add(-time.Minute)}
+	switch name {
+	case "warm":
+		d.Node, d.Group, d.Asked, d.Job = node(4), "runners-a", "runners-a", "github/acme/shop/.github/workflows/ci.yml"
+		d.Hint = "prefers 2 warm nodes with room of 3, " + node(4) + " first"
+		d.Placement = &explain.Placement{At: at.Add(-50 * time.Second), Warmth: 0.97, Warm: 2, Others: []explain.Other{
+			other(9, 0.99, "room", "room (0 of 1 jobs): the scheduler gave it fewer points or filtered it"),
+			other(5, 0.4, "parked", "it is parked, and takes pods only once it was resumed"),
+		}}
+	case "cold":
+		d.Node, d.Group, d.State = node(21), "runners-a", explain.PodEnded
+		d.Placement = &explain.Placement{At: at.Add(-50 * time.Second), Warm: 7, Others: []explain.Other{
+			other(9, 0.99, "full", "full: it runs 1 of 1 jobs"),
+		}}
+	case "waits":
+		d.State, d.Placement = explain.PodWaiting, &explain.Placement{At: at}
+	case "keyless":
+		d.Key, d.Node, d.Placement = "", node(77), &explain.Placement{At: at}
+	case "early":
+		d.Node, d.Group = node(77), "plain"
+	default:
+		return nil, nil
+	}
+	return &d, nil
+}
+
 // TestExplain compares what the command writes with files in testdata/explain;
 // with -update it writes them.
 func TestExplain(t *testing.T) {
-	server := httptest.NewServer(explain.Handler(morning))
+	server := httptest.NewServer(explain.Handler(told(morning)))
 	defer server.Close()
 	for file, args := range map[string][]string{
-		"all.txt":        nil,
-		"group.txt":      {"runners-a"},
-		"empty.txt":      {"runners-b"},
-		"plain.txt":      {"plain"},
-		"going.txt":      {"ip-10-0-12-17.eu-central-1.compute.internal"},
-		"later.txt":      {"ip-10-0-12-4"},
-		"kept.txt":       {"ip-10-0-12-9.eu-central-1.compute.internal"},
-		"busy.txt":       {"ip-10-0-12-21.eu-central-1.compute.internal"},
-		"leaving.txt":    {"ip-10-0-12-2.eu-central-1.compute.internal"},
-		"starting.txt":   {"aws:///eu-central-1a/i-00000000000000033"},
-		"parked.txt":     {"aws:///eu-central-1a/i-00000000000000005"},
-		"node.json":      {"ip-10-0-12-17.eu-central-1.compute.internal", "-o", "json"},
-		"group.json":     {"runners-b", "-o", "json"},
-		"report.json":    {"--output", "json"},
-		"plain_node.txt": {"ip-10-0-12-77.eu-central-1.compute.internal"},
+		"all.txt":         nil,
+		"group.txt":       {"runners-a"},
+		"empty.txt":       {"runners-b"},
+		"plain.txt":       {"plain"},
+		"going.txt":       {"ip-10-0-12-17.eu-central-1.compute.internal"},
+		"later.txt":       {"ip-10-0-12-4"},
+		"kept.txt":        {"ip-10-0-12-9.eu-central-1.compute.internal"},
+		"busy.txt":        {"ip-10-0-12-21.eu-central-1.compute.internal"},
+		"leaving.txt":     {"ip-10-0-12-2.eu-central-1.compute.internal"},
+		"starting.txt":    {"aws:///eu-central-1a/i-00000000000000033"},
+		"parked.txt":      {"aws:///eu-central-1a/i-00000000000000005"},
+		"node.json":       {"ip-10-0-12-17.eu-central-1.compute.internal", "-o", "json"},
+		"group.json":      {"runners-b", "-o", "json"},
+		"report.json":     {"--output", "json"},
+		"pod_warm.txt":    {"pod", "arc/warm"},
+		"pod_cold.txt":    {"pod", "cold", "-n", "arc"},
+		"pod_waits.txt":   {"pod", "waits"},
+		"pod_keyless.txt": {"pod", "keyless"},
+		"pod_early.txt":   {"pod", "early"},
+		"pod.json":        {"pod", "cold", "-o", "json"},
+		"plain_node.txt":  {"ip-10-0-12-77.eu-central-1.compute.internal"},
 	} {
 		t.Run(file, func(t *testing.T) {
 			var out, errOut bytes.Buffer
@@ -135,9 +189,9 @@ func TestExplain(t *testing.T) {
 }
 
 func TestExplainMistakes(t *testing.T) {
-	server := httptest.NewServer(explain.Handler(morning))
+	server := httptest.NewServer(explain.Handler(told(morning)))
 	defer server.Close()
-	standby := httptest.NewServer(explain.Handler(func() *explain.Report { return nil }))
+	standby := httptest.NewServer(explain.Handler(told(func() *explain.Report { return nil })))
 	defer standby.Close()
 	closed := httptest.NewServer(nil)
 	closed.Close()
@@ -152,6 +206,10 @@ func TestExplainMistakes(t *testing.T) {
 		{"a stand-by", []string{"--address", standby.URL}, 1, "503 Service Unavailable: no plan here: this replica does not lead (the pod labelled hearth.dev/leader=true does)"},
 		{"bad address", []string{"--address", "ftp://x"}, 2, "--address: want an address such as http://127.0.0.1:8087, not \"ftp://x\""},
 		{"bad format", []string{"-o", "yaml", "--address", server.URL}, 2, `unknown output format "yaml", known are table, json`},
+		{"unknown pod", []string{"pod", "arc/none", "--address", server.URL}, 1, `no runner pod "none" is known in namespace "arc"`},
+		{"a pod of a stand-by", []string{"pod", "warm", "--address", standby.URL}, 1, "503 Service Unavailable: no plan here"},
+		{"two namespaces", []string{"pod", "arc/warm", "-n", "ci", "--address", server.URL}, 2, `--namespace says "ci" and the name says "arc"`},
+		{"no pod", []string{"pod"}, 2, "accepts 1 arg(s)"},
 		{"two names", []string{"a", "b"}, 2, "accepts at most 1 arg(s)"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -59,13 +59,19 @@ func run(ctx context.Context, args []string, out, errOut io.Writer) int {
 	root.SetErr(errOut)
 	// A mistake in the command line is whatever fails before a command runs.
 	began := false
-	for _, c := range root.Commands() {
-		runE := c.RunE
-		c.RunE = func(cmd *cobra.Command, args []string) error {
-			began = true
-			return runE(cmd, args)
+	var watch func(c *cobra.Command)
+	watch = func(c *cobra.Command) {
+		if runE := c.RunE; runE != nil {
+			c.RunE = func(cmd *cobra.Command, args []string) error {
+				began = true
+				return runE(cmd, args)
+			}
+		}
+		for _, sub := range c.Commands() {
+			watch(sub)
 		}
 	}
+	watch(root)
 	err := root.ExecuteContext(ctx)
 	if err == nil {
 		return 0

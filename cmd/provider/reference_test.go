@@ -78,17 +78,23 @@ func commands() string {
 
 Exit codes: 0 ok, 1 failed, 2 usage or config error.
 `)
-	for _, c := range rootCommand().Commands() {
+	subcommands(&b, rootCommand())
+	return b.String()
+}
+
+func subcommands(b *strings.Builder, parent *cobra.Command) {
+	for _, c := range parent.Commands() {
 		if c.Hidden || c.Name() == "help" || c.Name() == "completion" {
 			continue
 		}
-		fmt.Fprintf(&b, "\n## hearth %s\n\n%s.\n", c.Use, c.Short)
+		_, args, _ := strings.Cut(c.Use, c.Name())
+		fmt.Fprintf(b, "\n## %s%s\n\n%s.\n", c.CommandPath(), args, c.Short)
 		if c.Long != "" {
-			fmt.Fprintf(&b, "\n%s\n", c.Long)
+			fmt.Fprintf(b, "\n%s\n", c.Long)
 		}
-		flags(&b, c)
+		flags(b, c)
+		subcommands(b, c)
 	}
-	return b.String()
 }
 
 func flags(b *strings.Builder, c *cobra.Command) {

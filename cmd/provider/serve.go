@@ -180,7 +180,7 @@ func (p *provider) listen() error {
 	}
 	p.http, err = telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
-		API: explain.Handler(p.controller.Report),
+		API: explain.Handler(p.controller),
 	})
 	if err != nil {
 		return err

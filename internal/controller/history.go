@@ -13,6 +13,8 @@ import (
 // owned by the fleet's goroutine.
 type history struct {
 	uses map[model.InstanceID][]scoring.Use
+	// holders are the instances that have uses of a key.
+	holders map[scoring.Key]map[model.InstanceID]bool
 	// pods are the runner pods that exist, finished ones too: they are told of
 	// more than once.
 	pods map[string]seenPod
@@ -40,6 +42,7 @@ type seenPod struct {
 func newHistory() *history {
 	return &history{
 		uses:      map[model.InstanceID][]scoring.Use{},
+		holders:   map[scoring.Key]map[model.InstanceID]bool{},
 		pods:      map[string]seenPod{},
 		restored:  map[model.InstanceID]map[scoring.Key]time.Time{},
 		perNode:   map[model.NodeName]int{},
@@ -62,6 +65,9 @@ func (h *history) restore(r model.NodeRecord) {
 
 // forget drops an instance that is gone.
 func (h *history) forget(id model.InstanceID) {
+	for _, u := range h.uses[id] {
+		h.letGo(u.Key, id)
+	}
 	delete(h.uses, id)
 	delete(h.restored, id)
 }
@@ -151,7 +157,26 @@ func (h *history) count(p model.Pod, by int, now time.Time) {
 
 func (h *history) use(id model.InstanceID, u scoring.Use) {
 	// A published list must not change: it is read beside the owner.
-	h.uses[id] = scoring.Used(slices.Clone(h.uses[id]), u)
+	before := h.uses[id]
+	h.uses[id] = scoring.Used(slices.Clone(before), u)
+	if h.holders[u.Key] == nil {
+		h.holders[u.Key] = map[model.InstanceID]bool{}
+	}
+	h.holders[u.Key][id] = true
+	if len(before) > 0 && len(before) == len(h.uses[id]) {
+		// One may have been pushed out: the last, or none.
+		if last := before[len(before)-1].Key; !slices.ContainsFunc(h.uses[id], func(u scoring.Use) bool { return u.Key == last }) {
+			h.letGo(last, id)
+		}
+	}
+}
+
+// letGo takes an instance from the holders of a key.
+func (h *history) letGo(key scoring.Key, id model.InstanceID) {
+	delete(h.holders[key], id)
+	if len(h.holders[key]) == 0 {
+		delete(h.holders, key)
+	}
 }
 
 // busy says whether a runner pod is bound to the node.

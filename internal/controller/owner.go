@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hearth-ci/hearth/internal/explain"
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
@@ -36,6 +37,7 @@ type owner struct {
 	dirty       map[model.GroupID]bool
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
+	placements  placements
 	learnt      map[model.GroupID]*learnt
 	memories    memories
 	marking     map[model.InstanceID]marking
@@ -71,6 +73,7 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		ended:       map[model.InstanceID]string{},
 		dirty:       map[model.GroupID]bool{},
 		history:     newHistory(),
+		placements:  placements{of: map[string]*explain.Placement{}},
 		learnt:      map[model.GroupID]*learnt{},
 		marking:     map[model.InstanceID]marking{},
 		reported:    map[model.GroupID]map[model.InstanceID]report{},
@@ -267,6 +270,7 @@ func (o *owner) seePod(c podChange, now time.Time) {
 		see = o.history.gone
 	}
 	before := o.history.pods[p.UID]
+	o.placed(before.Pod, p, c.gone, now)
 	news := see(p, instance, now)
 	o.history.seeJob(p, instance)
 	group := o.groupOf[instance]

@@ -25,46 +25,69 @@ var ErrAddress = errors.New("want an address such as http://127.0.0.1:8087")
 
 // Fetch asks the provider whose HTTP server is at that address for its report.
 func Fetch(ctx context.Context, address string) (*Report, error) {
+	var r Report
+	if err := fetch(ctx, address, &r, "nodegroups"); err != nil {
+		return nil, err
+	}
+	if r.At.IsZero() {
+		return nil, fmt.Errorf("%s does not speak Hearth's API: its answer is no report", address)
+	}
+	return &r, nil
+}
+
+// FetchPod asks it where a runner pod went.
+func FetchPod(ctx context.Context, address, namespace, name string) (*Pod, error) {
+	var d Pod
+	if err := fetch(ctx, address, &d, "pods", url.PathEscape(namespace), url.PathEscape(name)); err != nil {
+		return nil, err
+	}
+	if d.Name != name {
+		return nil, fmt.Errorf("%s does not speak Hearth's API: its answer is of another pod", address)
+	}
+	return &d, nil
+}
+
+// fetch reads the answer of a path below /api/v1 into a value.
+func fetch(ctx context.Context, address string, into any, path ...string) error {
 	if !strings.Contains(address, "://") {
 		address = "http://" + address
 	}
 	base, err := url.Parse(address)
 	if err != nil || base.Host == "" || base.Scheme != "http" && base.Scheme != "https" {
-		return nil, fmt.Errorf("%w, not %q", ErrAddress, address)
+		return fmt.Errorf("%w, not %q", ErrAddress, address)
 	}
 	ctx, cancel := context.WithTimeout(ctx, answerWithin)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, base.JoinPath("api/v1/nodegroups").String(), nil)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, base.JoinPath(append([]string{"api/v1"}, path...)...).String(), nil)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAddress, err)
+		return fmt.Errorf("%w: %w", ErrAddress, err)
 	}
 	client := &http.Client{Transport: &http.Transport{Proxy: http.ProxyFromEnvironment, DisableKeepAlives: true}}
 	response, err := client.Do(request)
 	if errors.Is(err, syscall.ECONNREFUSED) {
-		return nil, fmt.Errorf("nothing listens at %s; for a provider in a cluster run this first: "+
+		return fmt.Errorf("nothing listens at %s; for a provider in a cluster run this first: "+
 			"kubectl -n hearth port-forward deploy/hearth 8087", base)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("asking the provider: %w", err)
+		return fmt.Errorf("asking the provider: %w", err)
 	}
 	defer response.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(response.Body, maxBody+1))
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("asking the provider at %s: %w", base, err)
+		return fmt.Errorf("asking the provider at %s: %w", base, err)
 	case len(body) > maxBody:
-		return nil, fmt.Errorf("asking the provider at %s: the answer is longer than %d MiB", base, maxBody>>20)
+		return fmt.Errorf("asking the provider at %s: the answer is longer than %d MiB", base, maxBody>>20)
 	}
 	if response.StatusCode != http.StatusOK {
 		var p problem
 		if json.Unmarshal(body, &p) != nil || p.Error == "" {
 			p.Error = "it does not speak Hearth's API"
 		}
-		return nil, fmt.Errorf("%s answered %s: %s", base, clean(response.Status), clean(cut(p.Error, 500)))
+		return fmt.Errorf("%s answered %s: %s", base, clean(response.Status), clean(cut(p.Error, 500)))
 	}
-	var r Report
-	if err := json.Unmarshal(body, &r); err != nil || r.At.IsZero() {
-		return nil, fmt.Errorf("%s does not speak Hearth's API: its answer is no report", base)
+	if err := json.Unmarshal(body, into); err != nil {
+		return fmt.Errorf("%s does not speak Hearth's API: its answer cannot be read", base)
 	}
-	return &r, nil
+	return nil
 }

@@ -1,6 +1,7 @@
 package explain
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -18,10 +19,19 @@ type problem struct {
 	Known []string `json:"known,omitempty"`
 }
 
-// Handler serves a report, read only, below /api/v1/nodegroups. latest returns
-// the newest one from memory, nil when this process has none: it does not lead,
-// or has not planned yet.
-func Handler(latest func() *Report) http.Handler {
+// Source is what a Handler asks. Its methods are called by many at once.
+type Source interface {
+	// Report returns the newest report from memory, nil when this process has
+	// none: it does not lead, or has not planned yet.
+	Report() *Report
+	// Pod says where a runner pod went, nil when no such pod is known. An error
+	// means that this process cannot tell now.
+	Pod(ctx context.Context, namespace, name string) (*Pod, error)
+}
+
+// Handler serves what it is told, read only, below /api/v1.
+func Handler(source Source) http.Handler {
+	latest := source.Report
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /api/v1/nodegroups", func(w http.ResponseWriter, _ *http.Request) {
 		if r := latest(); r != nil {
@@ -45,6 +55,18 @@ func Handler(latest func() *Report) http.Handler {
 			missing.Known = append(missing.Known, r.Groups[i].ID)
 		}
 		answer(w, http.StatusNotFound, missing)
+	})
+	mux.HandleFunc("GET /api/v1/pods/{namespace}/{name}", func(w http.ResponseWriter, q *http.Request) {
+		namespace, name := q.PathValue("namespace"), q.PathValue("name")
+		pod, err := source.Pod(q.Context(), namespace, name)
+		switch {
+		case err != nil:
+			none(w)
+		case pod == nil:
+			answer(w, http.StatusNotFound, problem{Error: fmt.Sprintf("no runner pod %.100q is known in namespace %.100q; one that was deleted is for an hour", name, namespace)})
+		default:
+			answer(w, http.StatusOK, pod)
+		}
 	})
 	places := make(chan struct{}, atOnce)
 	return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {

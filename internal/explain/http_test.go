@@ -1,7 +1,9 @@
 package explain_test
 
 import (
+	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -26,6 +28,21 @@ func small() *explain.Report {
 	}}
 }
 
+// source answers with that report, and knows one pod while there is a report.
+type source func() *explain.Report
+
+func (s source) Report() *explain.Report { return s() }
+
+func (s source) Pod(_ context.Context, namespace, name string) (*explain.Pod, error) {
+	switch {
+	case s() == nil:
+		return nil, errors.New("not leading")
+	case namespace == "ci" && name == "runner-1":
+		return &explain.Pod{Namespace: namespace, Name: name, State: explain.PodWaiting}, nil
+	}
+	return nil, nil
+}
+
 func TestHandler(t *testing.T) {
 	none := func() *explain.Report { return nil }
 	for _, tc := range []struct {
@@ -45,10 +62,16 @@ func TestHandler(t *testing.T) {
 		{"POST", "/api/v1/nodegroups", small, 405, ""},
 		{"DELETE", "/api/v1/nodegroups/a", small, 405, ""},
 		{"GET", "/api/v1/nodes", small, 404, ""},
+		{"GET", "/api/v1/pods/ci/runner-1", small, 200, `"namespace":"ci","name":"runner-1","state":"waiting"`},
+		{"GET", "/api/v1/pods/ci/runner-2", small, 404, `{"error":"no runner pod \"runner-2\" is known in namespace \"ci\"`},
+		{"GET", "/api/v1/pods/ci/" + strings.Repeat("x", 4000), small, 404, `"error"`},
+		{"GET", "/api/v1/pods/ci/runner-1", none, 503, `{"error":"no plan here`},
+		{"GET", "/api/v1/pods/runner-1", small, 404, ""},
+		{"DELETE", "/api/v1/pods/ci/runner-1", small, 405, ""},
 	} {
 		t.Run(tc.method+" "+tc.path[:min(len(tc.path), 40)], func(t *testing.T) {
 			w := httptest.NewRecorder()
-			explain.Handler(tc.latest).ServeHTTP(w, httptest.NewRequest(tc.method, tc.path, nil))
+			explain.Handler(source(tc.latest)).ServeHTTP(w, httptest.NewRequest(tc.method, tc.path, nil))
 			if w.Code != tc.code || !strings.Contains(w.Body.String(), tc.has) {
 				t.Fatalf("got %d %s", w.Code, w.Body)
 			}
@@ -75,7 +98,7 @@ func (s stuck) Write(p []byte) (int, error) {
 }
 
 func TestHandlerBoundsWhatItDoesAtOnce(t *testing.T) {
-	h := explain.Handler(small)
+	h := explain.Handler(source(small))
 	get := func(w http.ResponseWriter) { h.ServeHTTP(w, httptest.NewRequest("GET", "/api/v1/nodegroups", nil)) }
 	begun, resume := make(chan struct{}), make(chan struct{})
 	var clients sync.WaitGroup
@@ -107,7 +130,7 @@ func answers(t *testing.T, code int, body string) string {
 }
 
 func TestFetch(t *testing.T) {
-	s := httptest.NewServer(explain.Handler(small))
+	s := httptest.NewServer(explain.Handler(source(small)))
 	defer s.Close()
 	for _, address := range []string{s.URL, s.URL + "/", strings.TrimPrefix(s.URL, "http://")} {
 		r, err := explain.Fetch(t.Context(), address)
@@ -119,6 +142,22 @@ func TestFetch(t *testing.T) {
 		if string(got) != string(want) {
 			t.Errorf("from %s: %s, want %s", address, got, want)
 		}
+	}
+}
+
+func TestFetchPod(t *testing.T) {
+	s := httptest.NewServer(explain.Handler(source(small)))
+	defer s.Close()
+	if d, err := explain.FetchPod(t.Context(), s.URL, "ci", "runner-1"); err != nil || d.Name != "runner-1" {
+		t.Errorf("%+v, %v", d, err)
+	}
+	for _, name := range []string{"runner-2", "../../metrics", "a/b", ""} {
+		if d, err := explain.FetchPod(t.Context(), s.URL, "ci", name); err == nil {
+			t.Errorf("of %q: %+v", name, d)
+		}
+	}
+	if _, err := explain.FetchPod(t.Context(), answers(t, 200, `{"name":"other"}`), "ci", "runner-1"); err == nil {
+		t.Error("another pod was taken for the one that was asked for")
 	}
 }
 

@@ -112,6 +112,7 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 			group = r.nodeGroup(out.Node)
 		}
 		out.Key = CacheKey(p.Labels, p.Annotations, r.keysFor(group))
+		out.Placement = clip(p.Annotations[v1alpha1.PlacementAnnotation], 200)
 	}
 	if out.Kind == model.PodEngine {
 		out.EngineState = engineState(p)

@@ -6,14 +6,9 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"github.com/hearth-ci/hearth/pkg/model"
 )
 
-const (
-	annotationPlacement = model.Prefix + "/placement" // on pods: what was decided, for people
-	safeToEvict         = "cluster-autoscaler.kubernetes.io/safe-to-evict"
-)
+const safeToEvict = "cluster-autoscaler.kubernetes.io/safe-to-evict"
 
 // Weights of the preferences. The scheduler scales their sum so that the best
 // node that a pod fits on has 100, and counts that twice; only their ratio

@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 
+	"github.com/hearth-ci/hearth/api/v1alpha1"
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
@@ -111,12 +112,12 @@ func (h *Handler) patch(f *facts, namespace string) (patch []operation, result s
 		return nil, "foreign"
 	}
 	notes := map[string]string{safeToEvict: "false"}
-	if _, decided := f.Annotations[annotationPlacement]; decided || f.says() {
+	if _, decided := f.Annotations[v1alpha1.PlacementAnnotation]; decided || f.says() {
 		return f.annotate(nil, notes), "says"
 	}
 	label := h.cfg.Label(pod.Key)
 	choice := h.cfg.Index.choose(label, pod.Group)
-	notes[annotationPlacement] = choice.words()
+	notes[v1alpha1.PlacementAnnotation] = choice.words()
 	patch = f.annotate(nil, notes)
 	if choice.late {
 		return patch, "late"

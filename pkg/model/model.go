@@ -243,6 +243,9 @@ type Pod struct {
 	// Job is the key of the job that the pod's runner has picked up, where that
 	// is known only then and says more than Key; else empty.
 	Job CacheKey
+	// Placement is what the placement webhook decided for the pod, in words;
+	// empty when it did not see the pod.
+	Placement string
 	// Kind tells a job from an engine and from what may be ignored.
 	Kind PodKind
 	// Created, Started and Finished as in the pod's status.

@@ -274,17 +274,25 @@ type NodeStatus struct {
 func (g *Group) Nodes() []NodeStatus {
 	out := make([]NodeStatus, 0, len(g.members))
 	for _, id := range g.memberIDs() {
-		m := g.members[id]
-		s := NodeStatus{
-			ID: id, Node: g.nodes[id], Phase: g.phase(id, m), Desired: model.DesiredRunning,
-			Hidden: m.hidden, Busy: g.occupied(id), Since: m.cloud.LaunchedAt, Verdict: g.verdicts[id],
-		}
-		if intent, ok := g.record.Intents[id]; ok {
-			s.Desired, s.Since, s.Exit = intent.Desired, intent.Since, intent.Exit
-		}
-		out = append(out, s)
+		out = append(out, g.Status(id))
 	}
 	return out
+}
+
+// Status returns the state of one instance, zero when it is not the group's.
+func (g *Group) Status(id model.InstanceID) NodeStatus {
+	m := g.members[id]
+	if m == nil {
+		return NodeStatus{}
+	}
+	s := NodeStatus{
+		ID: id, Node: g.nodes[id], Phase: g.phase(id, m), Desired: model.DesiredRunning,
+		Hidden: m.hidden, Busy: g.occupied(id), Since: m.cloud.LaunchedAt, Verdict: g.verdicts[id],
+	}
+	if intent, ok := g.record.Intents[id]; ok {
+		s.Desired, s.Since, s.Exit = intent.Desired, intent.Since, intent.Exit
+	}
+	return s
 }
 
 // Unborn returns how many instances are wanted and do not exist yet: those
