@@ -42,7 +42,10 @@ func TestPodPlacement(t *testing.T) {
 			l.within(time.Minute, "the end of "+uid, func() bool { d, _ := l.ctl.Pod(t.Context(), "ci", uid); return d != nil && d.State == explain.PodEnded })
 		}
 		told := func(uid string) {
-			l.within(10*time.Second, uid, func() bool { d, _ := l.ctl.Pod(t.Context(), "ci", uid); return d != nil && d.State == explain.PodRunning })
+			l.within(10*time.Second, uid, func() bool {
+				d, _ := l.ctl.Pod(t.Context(), "ci", uid)
+				return d != nil && d.State == explain.PodRunning
+			})
 		}
 
 		first := l.cluster.job("repo", 5*time.Second, nodes[0].Name)
