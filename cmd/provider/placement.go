@@ -17,10 +17,6 @@ import (
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
-// patience is how long a job waits for a warm node at most: what a parked one
-// takes to resume.
-const patience = 45 * time.Second
-
 // placer is the placement webhook of a replica. A nil one does nothing.
 type placer struct {
 	index  *placement.Index
@@ -37,7 +33,7 @@ func (p *provider) newPlacer() error {
 		Label: kube.WarmLabel, WarmLabels: kube.WarmLabels,
 		Group:    func(labels map[string]string) model.GroupID { return model.GroupID(labels[v1alpha1.NodeGroupLabel]) },
 		Slots:    p.world.JobsPerNode,
-		Patience: patience, Now: time.Now,
+		Patience: p.world.Patience, Now: time.Now,
 	})
 	if err != nil {
 		return err

@@ -147,3 +147,33 @@ func TestJobsThatRunnersPickUp(t *testing.T) {
 	see(again, "i")
 	want("another", 2, again.Started)
 }
+
+// A node whose engine has lost its cache invites nobody any more.
+func TestLabelsGoWithTheCache(t *testing.T) {
+	experiment(t, parking("max-idle", "240h"), func(t *testing.T, l *lab) {
+		withEngines(l)
+		l.start()
+		node := l.fleet(1)[0]
+		warm := func() model.WarmKeys { n, _ := l.cluster.node(node.Name); return n.Marks.Warm }
+		l.cluster.job("a", 20*time.Second, node.Name)
+		l.within(2*time.Minute, "a label", func() bool { return warm() == model.WarmKeys{"a"} })
+		l.cluster.editEngines(node.Name, func(e *model.EngineState) { e.Restarts, e.LastExit = e.Restarts+1, 1 })
+		l.within(relabelEvery+10*time.Second, "no label", func() bool { return warm() == model.WarmKeys{} })
+		l.always(10*time.Minute, "no label", func() bool { return warm() == model.WarmKeys{} })
+	})
+}
+
+// How long a job waits for a warm node is what the way out takes.
+func TestPatience(t *testing.T) {
+	w := NewWorld([]model.NodeGroup{group("parks", "park", "stop"), group("ends")})
+	if got := w.Patience("parks"); got != usualResume {
+		t.Errorf("a group that parks: %s", got)
+	}
+	if got := w.Patience("ends"); got != usualBoot {
+		t.Errorf("a group that does not: %s", got)
+	}
+	w.AnnotationsChanged("ends", annotation("park", "stop"))
+	if got := w.Patience("ends"); got != usualResume {
+		t.Errorf("a group that parks now: %s", got)
+	}
+}

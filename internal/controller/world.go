@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
@@ -21,6 +22,7 @@ type World struct {
 	seen        map[model.GroupID]map[string]string // annotations, the newest
 	keys        map[model.GroupID][]string          // cache-keys of each group
 	slots       map[model.GroupID]int               // jobs-per-node of each group
+	parks       map[model.GroupID]bool
 	nodes       map[model.NodeName]nodeChange
 	pods        map[string]podChange
 	uses        map[model.NodeName]model.EngineUse
@@ -60,6 +62,7 @@ func (w *World) SetGroups(groups []model.NodeGroup) {
 	w.declared = make(map[model.GroupID]model.NodeGroup, len(groups))
 	w.keys = make(map[model.GroupID][]string, len(groups))
 	w.slots = make(map[model.GroupID]int, len(groups))
+	w.parks = make(map[model.GroupID]bool, len(groups))
 	for _, g := range groups {
 		w.declared[g.ID] = g
 		w.readKeys(g.ID)
@@ -71,6 +74,7 @@ func (w *World) readKeys(id model.GroupID) {
 		settings, _ := nodegroups.Interpret(spec, w.seen[id])
 		w.keys[id] = settings.CacheKeys
 		w.slots[id] = settings.JobsPerNode
+		w.parks[id] = settings.Park == nodegroups.ParkStop
 	}
 }
 
@@ -88,6 +92,18 @@ func (w *World) JobsPerNode(group model.GroupID) int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.slots[group]
+}
+
+// Patience returns for how long a job of the group is better off waiting for a
+// warm node than taking another: what a resume takes or, in a group that does
+// not park, a launch, as long as nothing was learnt.
+func (w *World) Patience(group model.GroupID) time.Duration {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.parks[group] {
+		return usualResume
+	}
+	return usualBoot
 }
 
 func (w *World) changed() {

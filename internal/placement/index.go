@@ -31,9 +31,9 @@ type IndexConfig struct {
 	// none, and Slots how many runner pods a node of a group takes at a time.
 	Group func(labels map[string]string) model.GroupID
 	Slots func(model.GroupID) int
-	// Patience is how long every warm node may have been full before a job is
-	// better placed elsewhere: what a resume takes.
-	Patience time.Duration
+	// Patience is how long every warm node of a group may have been full before
+	// a job is better placed elsewhere: what a resume or a launch takes.
+	Patience func(model.GroupID) time.Duration
 	Now      func() time.Time
 }
 
@@ -68,7 +68,7 @@ type node struct {
 
 // NewIndex returns an index that knows no nodes.
 func NewIndex(cfg IndexConfig) (*Index, error) {
-	if cfg.Label == nil || cfg.WarmLabels == nil || cfg.Group == nil || cfg.Slots == nil || cfg.Now == nil || cfg.Patience <= 0 {
+	if cfg.Label == nil || cfg.WarmLabels == nil || cfg.Group == nil || cfg.Slots == nil || cfg.Now == nil || cfg.Patience == nil {
 		return nil, errors.New("making a placement index: a field of its configuration is missing")
 	}
 	return &Index{
@@ -248,7 +248,7 @@ func (x *Index) choose(label string, group model.GroupID) (c choice) {
 		}
 		c.warm++
 		if !n.fullSince.IsZero() {
-			c.late = c.late && now.Sub(n.fullSince) >= x.cfg.Patience
+			c.late = c.late && now.Sub(n.fullSince) >= x.cfg.Patience(n.group)
 			continue
 		}
 		c.free++

@@ -109,7 +109,7 @@ func TestIndexAgainstTheBook(t *testing.T) {
 		x, err := NewIndex(IndexConfig{
 			Label: kube.WarmLabel, WarmLabels: kube.WarmLabels,
 			Group: func(map[string]string) model.GroupID { return group }, Slots: func(model.GroupID) int { return bookSlots },
-			Patience: 45 * time.Second, Now: func() time.Time { return now },
+			Patience: func(model.GroupID) time.Duration { return 45 * time.Second }, Now: func() time.Time { return now },
 		})
 		if err != nil {
 			t.Fatal(err)

@@ -52,7 +52,7 @@ func newDesk(t testing.TB) *desk {
 		Label: kube.WarmLabel, WarmLabels: kube.WarmLabels,
 		Group:    func(labels map[string]string) model.GroupID { return model.GroupID(labels["hearth.dev/node-group"]) },
 		Slots:    func(model.GroupID) int { return d.slots },
-		Patience: 45 * time.Second,
+		Patience: func(model.GroupID) time.Duration { return 45 * time.Second },
 		Now:      func() time.Time { return d.now },
 	})
 	must(t, err)
