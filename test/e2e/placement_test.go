@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"maps"
 	"math/rand/v2"
 	"net"
+	"os/exec"
 	"slices"
 	"strings"
 	"sync"
@@ -25,6 +27,7 @@ import (
 
 	"github.com/hearth-ci/hearth/deploy"
 	"github.com/hearth-ci/hearth/internal/playground"
+	"github.com/hearth-ci/hearth/pkg/model"
 )
 
 const (
@@ -424,4 +427,52 @@ func (a *arm) labelled() error {
 // warmLabel is the label as docs/placement.md tells people to make it.
 func warmLabel(key string) string {
 	return fmt.Sprintf("cache.hearth.dev/%x", sha256.Sum256([]byte(key)))[:len("cache.hearth.dev/")+16]
+}
+
+// TestWarmGroupIsScaledUp: of two groups that pods may go to, the autoscaler's
+// expander takes the one whose parked node is warm for them, though the other's
+// is cheaper; and `hearth explain pod` tells of it.
+func TestWarmGroupIsScaledUp(t *testing.T) {
+	g := newGround(t)
+	provider := g.Provider("provider", `backend:
+  kwok: {bootDelay: 1s, resumeDelay: 1s}
+nodeGroups:
+- id: cheap
+  max: 5
+  template: {capacity: {cpu: "8", memory: 32Gi, pods: "110"}, labels: {pool: ci}}
+  annotations: {hearth.dev/role: runner, hearth.dev/node-price: "0.1", hearth.dev/park: stop, hearth.dev/max-idle: 1s, hearth.dev/scale-down-unneeded-time: 1s}
+- id: dear
+  max: 5
+  template: {capacity: {cpu: "8", memory: 32Gi, pods: "110"}, labels: {pool: ci}}
+  annotations: {hearth.dev/role: runner, hearth.dev/node-price: "0.5", hearth.dev/park: stop, hearth.dev/max-idle: 1s, hearth.dev/scale-down-unneeded-time: 1s}
+`)
+	g.Autoscaler(nil)
+	g.submit(
+		playground.Job{Name: "web", Group: "cheap", Key: "acme/web", CPU: "6"},
+		playground.Job{Name: "api", Group: "dear", Key: "acme/api", CPU: "6"},
+	)
+	g.eventually("the jobs to run", 40*time.Second, g.pods(corev1.PodRunning, "web", "api"))
+	parked := map[string]model.InstanceID{"web": g.instanceOf("web"), "api": g.instanceOf("api")}
+	g.finish("web", "api")
+	g.eventually("both to be parked", 60*time.Second, func() error {
+		return errors.Join(
+			g.cloudHas("cheap", 0, 1, model.InstanceStopped)(), g.cloudHas("dear", 0, 1, model.InstanceStopped)(),
+			g.readyNodes("cheap", 0)(), g.readyNodes("dear", 0)())
+	})
+	anywhere := func(p *corev1.Pod) { p.Spec.NodeSelector = map[string]string{"pool": "ci"} }
+	g.create(playground.Job{Name: "api-again", Key: "acme/api", CPU: "6"}, anywhere)
+	g.eventually("the job to run again", 40*time.Second, g.pods(corev1.PodRunning, "api-again"))
+	if got := g.instanceOf("api-again"); got != parked["api"] {
+		t.Errorf("the job runs on %s, want the parked %s that ran its key before", got, parked["api"])
+	}
+	if n := g.Instances("cheap") + g.Instances("dear"); n != 2 {
+		t.Errorf("%d instances were launched, want the first 2", n)
+	}
+	out, err := exec.CommandContext(g.ctx, hearth, "explain", "pod", "default/api-again", "--address", "http://"+provider.HTTPAddress).CombinedOutput()
+	g.must(err)
+	for _, want := range []string{"key         acme/api", "of node group dear; warm for the key"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("hearth explain pod says:\n%s\nwant %q in it", out, want)
+		}
+	}
 }
