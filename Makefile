@@ -89,7 +89,7 @@ race: ## Run the same tests at full length under the race detector
 
 .PHONY: e2e
 e2e: cluster build ## Run the tests that start a control plane (and CLUSTER_AUTOSCALER, if set)
-	@$(e2e_packages); go test -count=1 -timeout 20m $$packages
+	@$(e2e_packages); go test -count=1 -parallel 4 -timeout 20m $$packages
 
 .PHONY: test
 test: ## Run all tests, as CI does

@@ -88,10 +88,12 @@ type ground struct {
 	events    []refautoscaler.Event
 }
 
-// newGround starts a control plane for one test. When the test fails, what the
-// processes wrote last is in its output.
+// newGround starts a control plane for one test, which then runs beside others:
+// they wait for most of their time. When the test fails, what the processes
+// wrote last is in its output.
 func newGround(t *testing.T) *ground {
 	t.Helper()
+	t.Parallel()
 	ctx, cancel := context.WithCancel(context.Background())
 	p, err := playground.Start(ctx, playground.Config{
 		Hearth: hearth, Autoscaler: os.Getenv("CLUSTER_AUTOSCALER"),
