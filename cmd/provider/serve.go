@@ -115,8 +115,8 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 		return nil, err
 	}
 	p.client = client
-	engines, err := labels.Parse(cfg.Engines.PodSelector)
-	if err != nil {
+	engines := kube.EngineSelector{Namespaces: cfg.Engines.Namespaces}
+	if engines.Labels, err = labels.Parse(cfg.Engines.PodSelector); err != nil {
 		return nil, fmt.Errorf("engines.podSelector: %w", err)
 	}
 	store := kube.NewStore(client)

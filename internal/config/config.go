@@ -94,6 +94,8 @@ type Kwok struct {
 // Engines says how to find and read Dagger engines.
 type Engines struct {
 	PodSelector string // a label selector
+	// Namespaces in which engines are looked for; none means all.
+	Namespaces  []string
 	MetricsPort int
 }
 
@@ -326,6 +328,7 @@ func restartFields(c *Config) map[string]any {
 		"backend.kwok.bootDelay":       c.Backend.Kwok.BootDelay,
 		"backend.kwok.resumeDelay":     c.Backend.Kwok.ResumeDelay,
 		"engines.podSelector":          c.Engines.PodSelector,
+		"engines.namespaces":           strings.Join(c.Engines.Namespaces, ", "),
 		"engines.metricsPort":          c.Engines.MetricsPort,
 	}
 }

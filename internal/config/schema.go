@@ -179,8 +179,18 @@ func engines(e *Engines) reader {
 			_, err := labels.Parse(s)
 			return err == nil && s != ""
 		}),
+		"namespaces":  namespaces(&e.Namespaces),
 		"metricsPort": whole(&e.MetricsPort, 1, 65535, "a port from 1 to 65535"),
 	}, nil)
+}
+
+func namespaces(into *[]string) reader {
+	return list(100, func() reader {
+		*into = append(*into, "")
+		return text(&(*into)[len(*into)-1], "the name of a namespace", func(s string) bool {
+			return len(validation.IsDNS1123Label(s)) == 0
+		})
+	})
 }
 
 func placement(into **Placement) reader {

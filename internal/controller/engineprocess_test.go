@@ -273,7 +273,11 @@ func TestNoByteIsLost(t *testing.T) {
 			case want[g.ID] > v.Target:
 				_ = l.increase(g.ID, 1)
 			case want[g.ID] < v.Target && up && !node.Marks.Protected && v.Owns(node.ID):
-				_ = l.remove(g.ID, node) // or vetoed, since a job has come
+				// cluster-autoscaler has kept pods away for a while.
+				l.cluster.edit(node.Name, func(n *model.Node) { n.CATaintSince = time.Now().Add(-time.Minute) })
+				if l.remove(g.ID, node) != nil { // vetoed, since a job has come
+					l.cluster.edit(node.Name, func(n *model.Node) { n.CATaintSince = time.Time{} })
+				}
 			}
 			if time.Now().Before(next[g.ID]) {
 				continue

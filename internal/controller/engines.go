@@ -21,9 +21,13 @@ type engines struct {
 	homes    map[string]model.InstanceID
 	homeless map[model.NodeName][]model.Pod
 	uses     map[model.InstanceID]model.EngineUse
-	caches   map[model.InstanceID]cache
+	// silent are the instances whose engine does not say what it does.
+	silent map[model.InstanceID]silence
+	caches map[model.InstanceID]cache
 	// letGo is when an orphan's finalizer was last taken off.
 	letGo map[string]time.Time
+	// warned are the groups of whose short grace periods people were told.
+	warned map[model.GroupID]bool
 }
 
 // cache is what is known of the cache on an instance's disk.
@@ -33,17 +37,38 @@ type cache struct {
 	// unverified: the node has come back, and its engine has not said yet what
 	// it found.
 	unverified bool
+	// emptySince is since when another engine than that says that there is
+	// nothing; zero when it does not.
+	emptySince time.Time
 	// lostAt is when a cache was last lost there, why a CamelCase word and a
 	// sentence.
 	lostAt      time.Time
 	lost, story string
 }
 
-// RunnerNode conditions. CacheLost says when and why a cache was last lost; it
+// silence is why an engine's activity is not known, and since when that is told.
+type silence struct {
+	reason string
+	since  time.Time
+}
+
+const (
+	// silenceFor is how long one reason is told: the next may differ in a port.
+	silenceFor = 5 * time.Minute
+	// emptyFor is how long an engine that has just started may say that its
+	// cache is empty: it counts what is on its disk every five minutes.
+	emptyFor = 6 * time.Minute
+	// usualGrace is what Dagger's chart gives an engine to stop.
+	usualGrace = 5 * time.Minute
+)
+
+// RunnerNode conditions. EngineKnown is false, with the reason, while the
+// engine's metrics do not say what it does. CacheLost says when and why a cache was last lost; it
 // outlives a restart, since jobs that began before say nothing about what is on
 // the disk. CacheVerified is false while a resumed node's engine has not said
 // what it found: until then it is warm by its history alone.
 const (
+	conditionEngineKnown   = "EngineKnown"
 	conditionCacheLost     = "CacheLost"
 	conditionCacheVerified = "CacheVerified"
 )
@@ -54,8 +79,10 @@ func newEngines() engines {
 		homes:    map[string]model.InstanceID{},
 		homeless: map[model.NodeName][]model.Pod{},
 		uses:     map[model.InstanceID]model.EngineUse{},
+		silent:   map[model.InstanceID]silence{},
 		caches:   map[model.InstanceID]cache{},
 		letGo:    map[string]time.Time{},
+		warned:   map[model.GroupID]bool{},
 	}
 }
 
@@ -79,6 +106,7 @@ func (e *engines) restore(r model.NodeRecord) {
 func (e *engines) forget(id model.InstanceID) {
 	delete(e.uses, id)
 	delete(e.caches, id)
+	delete(e.silent, id)
 }
 
 // put replaces a pod in a list sorted by UID, or takes it out.
@@ -102,6 +130,9 @@ func (o *owner) seeEngine(c podChange, now time.Time) {
 		home = o.names[p.Node]
 	}
 	if home == "" {
+		if p.Node == "" {
+			return // nobody's yet
+		}
 		if e.homeless[p.Node] = put(e.homeless[p.Node], p, c.gone); len(e.homeless[p.Node]) == 0 {
 			delete(e.homeless, p.Node)
 		}
@@ -121,8 +152,9 @@ func (o *owner) seeEngine(c podChange, now time.Time) {
 		}
 		o.tellEngine(home)
 	}
-	code, ended := nodegroups.EngineExit(p)
-	switch clean := ended && code == 0; {
+	o.warnOfGrace(home, p)
+	exit, ended := nodegroups.EngineExit(p)
+	switch clean := ended && exit.Clean(); {
 	case e.uses[home].CacheBytes > 0: // the metrics will tell
 	case known && !c.gone && p.EngineState.Restarts > before.EngineState.Restarts && p.EngineState.LastExit != 0:
 		o.loseCache(home, "EngineRestarted", fmt.Sprintf("the engine ended with exit code %d and was started again", p.EngineState.LastExit), now)
@@ -156,9 +188,20 @@ func (o *owner) seeUse(u model.EngineUse, now time.Time) {
 	}
 	e := &o.engines
 	e.uses[id] = u
-	o.applyTo(id, nodegroups.ObserveUse{Instance: id, Activity: u.Activity, At: u.At})
+	o.hearEngine(id, u, now)
+	o.tellUse(id)
 	known := e.caches[id]
+	if !u.Empty || u.Pod == known.pod || known.bytes == 0 {
+		known.emptySince = time.Time{}
+	} else if known.emptySince.IsZero() {
+		known.emptySince = now
+	}
+	if known != (cache{}) {
+		e.caches[id] = known
+	}
 	switch {
+	case !known.emptySince.IsZero() && now.Sub(known.emptySince) >= emptyFor:
+		o.loseCache(id, "CacheNotFound", fmt.Sprintf("the engine says that its cache is empty, %d MiB were left to it", known.bytes>>20), now)
 	case u.Wiped:
 		o.loseCache(id, "CacheWiped", "the engine's cache has shrunk at once", now)
 	case u.CacheBytes > 0 && u.Pod != known.pod && u.CacheBytes < known.bytes/2:
@@ -173,15 +216,59 @@ func (o *owner) seeUse(u model.EngineUse, now time.Time) {
 	}
 }
 
+// tellUse tells the fleet what an engine does. One whose cache was measured has
+// metrics, so that not to know is no sign of quiet.
+func (o *owner) tellUse(id model.InstanceID) {
+	u := o.engines.uses[id]
+	o.applyTo(id, nodegroups.ObserveUse{
+		Instance: id, Activity: u.Activity, At: u.At,
+		Metrics: u.Activity != model.ActivityUnknown || o.engines.caches[id].bytes > 0,
+	})
+}
+
+// hearEngine notes, and tells people, when an engine does not say what it does,
+// and when it does again.
+func (o *owner) hearEngine(id model.InstanceID, u model.EngineUse, now time.Time) {
+	before, was := o.engines.silent[id]
+	switch {
+	case u.Activity != model.ActivityUnknown:
+		if was {
+			delete(o.engines.silent, id)
+			o.dirty[o.groupOf[id]] = true
+			o.log.Info("what an engine does is known", "nodegroup", o.groupOf[id], "node", u.Node, "activity", u.Activity)
+		}
+	case !was || before.reason != u.Reason && now.Sub(before.since) >= silenceFor:
+		o.engines.silent[id] = silence{u.Reason, now}
+		o.dirty[o.groupOf[id]] = true
+		o.log.Info("what an engine does is not known", "nodegroup", o.groupOf[id], "node", u.Node, "reason", u.Reason)
+	}
+}
+
+// warnOfGrace tells people, once a group and life, of engines that may be killed
+// before they have written what they hold.
+func (o *owner) warnOfGrace(id model.InstanceID, p model.Pod) {
+	group := o.groupOf[id]
+	g := o.fleet[group]
+	if g == nil || !g.Settings().Runner() || p.Engine == nil || p.Engine.Grace >= usualGrace || o.engines.warned[group] {
+		return
+	}
+	o.engines.warned[group] = true
+	text := fmt.Sprintf("engine pods such as %s/%s have %s to stop; one that needs longer loses its cache: set terminationGracePeriodSeconds to %d or more",
+		p.Namespace, p.Name, p.Engine.Grace, int(usualGrace.Seconds()))
+	o.log.Warn("engines have little time to stop", "nodegroup", group, "detail", text)
+	o.cfg.Events.Group(group, model.SeverityWarning, "ShortGracePeriod", text)
+}
+
 // engineUnused forgets the samples of an engine whose node is gone. The next
 // engine there has to show that it found the cache.
 func (o *owner) engineUnused(id model.InstanceID) {
 	delete(o.engines.uses, id)
+	delete(o.engines.silent, id)
 	if c, ok := o.engines.caches[id]; ok {
-		c.pod, c.unverified = "", c.bytes > 0
+		c.pod, c.unverified, c.emptySince = "", c.bytes > 0, time.Time{}
 		o.engines.caches[id] = c
 	}
-	o.applyTo(id, nodegroups.ObserveUse{Instance: id})
+	o.tellUse(id)
 }
 
 // loseCache makes an instance cold: what its disk held is lost.
@@ -191,7 +278,7 @@ func (o *owner) loseCache(id model.InstanceID, reason, story string, now time.Ti
 	}
 	o.history.forget(id)
 	c := o.engines.caches[id]
-	c.bytes, c.unverified = 0, false
+	c.bytes, c.unverified, c.emptySince = 0, false, time.Time{}
 	c.lostAt, c.lost, c.story = now.Truncate(time.Second), reason, story
 	o.engines.caches[id] = c
 	o.dirty[o.groupOf[id]] = true
@@ -217,6 +304,11 @@ func (o *owner) describeEngine(r *model.NodeRecord) {
 	if r.Node != "" {
 		r.ConnectedClients = o.engines.uses[r.ID].Clients
 	}
+	if s, silent := o.engines.silent[r.ID]; silent && r.Phase == model.PhaseReady {
+		r.Conditions = append(r.Conditions, model.Condition{
+			Type: conditionEngineKnown, Reason: "NotMeasured", Message: s.reason, Since: s.since.Truncate(time.Second),
+		})
+	}
 	if !c.lostAt.IsZero() {
 		r.Conditions = append(r.Conditions, model.Condition{
 			Type: conditionCacheLost, True: true, Reason: c.lost, Message: c.story, Since: c.lostAt,
@@ -235,7 +327,9 @@ func (o *owner) describeEngine(r *model.NodeRecord) {
 // does that itself for its own.
 func (o *owner) releaseOrphans(now time.Time) {
 	release := func(p model.Pod) {
-		if !p.EngineState.Guarded || now.Sub(o.engines.letGo[p.UID]) < 30*time.Second {
+		// A call lasts a minute at most: there is never another for the same pod,
+		// and none waits for a place.
+		if !p.EngineState.Guarded || now.Sub(o.engines.letGo[p.UID]) < 90*time.Second || len(o.clusters) == cap(o.clusters) {
 			return
 		}
 		o.engines.letGo[p.UID] = now

@@ -39,7 +39,7 @@ func (e *fakeEngine) exited() bool {
 }
 
 func (e *fakeEngine) exit(code int) {
-	e.Engine = &model.EngineContainer{Grace: e.Engine.Grace, Exit: &model.ContainerExit{Code: int32(code)}}
+	e.Engine = &model.EngineContainer{Grace: e.Engine.Grace, Exit: &model.ContainerExit{Code: int32(code), At: time.Now()}}
 }
 
 // runEngines is the work of the DaemonSet controller, of the kubelets and of
@@ -124,6 +124,7 @@ func (c *fakeCluster) StopEngine(ctx context.Context, pod model.Pod) (gone bool,
 		}
 		c.history = append(c.history, fmt.Sprintf("stop-engine %s", e.Node))
 		e.EngineState.Guarded, e.EngineState.Deleting, e.ends = true, true, time.Now().Add(c.daemons.stops)
+		e.EngineState.Deadline = time.Now().Add(e.Engine.Grace)
 		c.podChanged(e.Pod)
 		return nil
 	})

@@ -55,7 +55,7 @@ func TestEngineEndsBeforeItsMachine(t *testing.T) {
 		withEngines(l)
 		node := l.warmNode("repo")
 		l.drain(node)
-		l.within(10*time.Second, "the engine to be told", func() bool {
+		l.within(25*time.Second, "the engine to be told", func() bool {
 			return l.store.record(runners).Intents[node.ID].Stage == nodegroups.StageEngine && l.cluster.guarded() == 1
 		})
 		if m := l.cloud.machines(runners)[node.ID]; m.State != model.InstanceRunning {
@@ -220,7 +220,11 @@ func TestCacheIsVerifiedAfterAResume(t *testing.T) {
 				withEngines(l)
 				node := l.warmNode("repo")
 				sample := func(bytes int64) {
-					pod := l.cluster.enginesOn(node.Name)[0]
+					pods := l.cluster.enginesOn(node.Name)
+					if len(pods) == 0 {
+						return
+					}
+					pod := pods[0]
 					l.world.EngineSampled(model.EngineUse{
 						Node: node.Name, Pod: pod.Namespace + "/" + pod.Name, At: time.Now(), Activity: model.ActivityIdle, CacheBytes: bytes, Clients: 0,
 					})
@@ -233,6 +237,10 @@ func TestCacheIsVerifiedAfterAResume(t *testing.T) {
 				if got := l.metric(l.metrics.EngineCacheBytes.WithLabelValues(string(runners))); got != left {
 					t.Errorf("the group's caches are %g bytes", got)
 				}
+				l.within(2*time.Minute, "quiet", func() bool {
+					sample(left)
+					return l.store.record(runners).Intents[node.ID].Stage == nodegroups.StageStopping
+				})
 				if r := l.phase(node.ID, model.PhaseParked); r.CacheBytes != left || r.Node != "" {
 					t.Errorf("the parked RunnerNode is %+v", r)
 				}
@@ -286,7 +294,7 @@ func TestOrphansAreLetGo(t *testing.T) {
 			d.stuck = true
 			node := l.warmNode("repo")
 			l.drain(node)
-			l.within(10*time.Second, "the engine to be told", func() bool { return l.cluster.guarded() == 1 })
+			l.within(25*time.Second, "the engine to be told", func() bool { return l.cluster.guarded() == 1 })
 			if gone {
 				l.restart(func() {
 					l.cluster.removeNode(node.Name)

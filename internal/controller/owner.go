@@ -121,6 +121,7 @@ func (o *owner) begin(ctx context.Context) bool {
 	}
 	for _, r := range nodes {
 		o.applyTo(r.ID, nodegroups.Known{Instance: r.ID})
+		o.tellUse(r.ID)
 	}
 	o.observe(changedNodes, pods, nil)
 	return true
@@ -297,7 +298,11 @@ func (o *owner) seePod(c podChange, now time.Time) {
 
 func (o *owner) observeNode(c nodeChange) {
 	name, id := c.node.Name, c.node.ID
-	if before, known := o.names[name]; known && (c.gone || before != id) {
+	if before, known := o.names[name]; known && (c.gone || before != id) && o.registered[before].Name != name {
+		// The instance has registered under another name meanwhile.
+		delete(o.names, name)
+		delete(o.history.idleSince, name)
+	} else if known && (c.gone || before != id) {
 		// Deleted, or the name was given to another instance.
 		delete(o.names, name)
 		delete(o.registered, before)
@@ -309,6 +314,9 @@ func (o *owner) observeNode(c nodeChange) {
 	}
 	if c.gone || id == "" {
 		return
+	}
+	if other, known := o.registered[id]; known && other.Name != name && other.Created.After(c.node.Created) {
+		return // left over from before the instance registered anew
 	}
 	o.names[name], o.registered[id] = id, c.node
 	if group := model.GroupID(c.node.Labels[model.Prefix+"/node-group"]); group != "" && o.groupOf[id] == "" {
@@ -366,6 +374,13 @@ func (o *owner) committed(g *nodegroups.Group, out nodegroups.Outcome) {
 		o.records.later(g.Spec().ID, g.Record(), o.summary(g))
 	}
 	o.say(g, out.Notes)
+	for _, n := range out.Notes {
+		// Its engine was not seen to end.
+		adopted := n.Action == "adopt" && n.Reason == "stopped" && o.reported[g.Spec().ID][n.Instance].record.Desired != model.DesiredParked
+		if adopted || n.Reason == "stopped-elsewhere" {
+			o.loseCache(n.Instance, "StoppedElsewhere", "somebody else stopped the instance, and its engine with it", time.Now())
+		}
+	}
 }
 
 // read takes in one reading of the cloud.
@@ -410,9 +425,7 @@ func (o *owner) handOver(g *nodegroups.Group, id model.InstanceID) {
 		o.apply(g, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(node.Name)})
 	}
 	o.tellEngine(id)
-	if u, ok := o.engines.uses[id]; ok {
-		o.apply(g, nodegroups.ObserveUse{Instance: id, Activity: u.Activity, At: u.At})
-	}
+	o.tellUse(id)
 }
 
 // start publishes the first view, once every group that can be read has been.

@@ -197,9 +197,12 @@ var advice = map[string]string{
 	"unclean-stop": "its cache is lost; an engine that needs longer to end has to be given a longer terminationGracePeriodSeconds",
 	"engine-tolerates-taint": "the engine's pods tolerate every taint, so that the node cannot be parked: " +
 		"let them tolerate only the taints that the nodes have, by key",
-	"several-engines": "one engine a node is what its cache is for: check which DaemonSets run engines here",
-	"sessions-stayed": "sessions that are no CI job's were connected to the engine",
-	"stop-failed":     "the cloud did not stop the instance in time",
+	"several-engines":   "one engine a node is what its cache is for: check which DaemonSets run engines here",
+	"waits":             "nothing new starts on it, and it goes when they have gone, or after a day",
+	"job-came-late":     "a pod was bound to the node after it was tainted; it is given some minutes",
+	"stopped-elsewhere": "stop instances by parking them, so that their engines end first",
+	"sessions-stayed":   "sessions that are no CI job's were connected to the engine",
+	"stop-failed":       "the cloud did not stop the instance in time",
 }
 
 // nodeOf returns the registered node of an instance.

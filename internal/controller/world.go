@@ -24,7 +24,7 @@ type World struct {
 	slots       map[model.GroupID]int               // jobs-per-node of each group
 	parks       map[model.GroupID]bool
 	nodes       map[model.NodeName]nodeChange
-	pods        map[string]podChange
+	pods        map[podKey]podChange
 	uses        map[model.NodeName]model.EngineUse
 	annotations map[model.GroupID]map[string]string
 	wake        chan struct{}
@@ -33,6 +33,13 @@ type World struct {
 type nodeChange struct {
 	node model.Node
 	gone bool
+}
+
+// podKey names what a pod is to us: one that becomes something else, because
+// its labels were changed, ends and begins.
+type podKey struct {
+	uid  string
+	kind model.PodKind
 }
 
 type podChange struct {
@@ -45,7 +52,7 @@ func NewWorld(groups []model.NodeGroup) *World {
 	w := &World{
 		seen:        map[model.GroupID]map[string]string{},
 		nodes:       map[model.NodeName]nodeChange{},
-		pods:        map[string]podChange{},
+		pods:        map[podKey]podChange{},
 		uses:        map[model.NodeName]model.EngineUse{},
 		annotations: map[model.GroupID]map[string]string{},
 		wake:        make(chan struct{}, 1),
@@ -137,7 +144,7 @@ func (w *World) NodeGone(n model.Node) {
 func (w *World) PodChanged(p model.Pod) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.pods[p.UID] = podChange{pod: p}
+	w.pods[podKey{p.UID, p.Kind}] = podChange{pod: p}
 	w.changed()
 }
 
@@ -146,10 +153,10 @@ func (w *World) PodGone(p model.Pod) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if !w.owned {
-		delete(w.pods, p.UID)
+		delete(w.pods, podKey{p.UID, p.Kind})
 		return
 	}
-	w.pods[p.UID] = podChange{pod: p, gone: true}
+	w.pods[podKey{p.UID, p.Kind}] = podChange{pod: p, gone: true}
 	w.changed()
 }
 
@@ -195,9 +202,17 @@ func (w *World) take() (nodes []nodeChange, pods []podChange, annotations map[mo
 		pods = append(pods, p)
 	}
 	annotations = w.annotations
-	w.nodes, w.pods = map[model.NodeName]nodeChange{}, map[string]podChange{}
+	w.nodes, w.pods = map[model.NodeName]nodeChange{}, map[podKey]podChange{}
 	w.annotations = map[model.GroupID]map[string]string{}
 	slices.SortFunc(nodes, func(a, b nodeChange) int { return cmp.Compare(a.node.Name, b.node.Name) })
-	slices.SortFunc(pods, func(a, b podChange) int { return cmp.Compare(a.pod.UID, b.pod.UID) })
+	ended := func(p podChange) int {
+		if p.gone {
+			return 0 // what it was ends before what it is begins
+		}
+		return 1
+	}
+	slices.SortFunc(pods, func(a, b podChange) int {
+		return cmp.Or(cmp.Compare(a.pod.UID, b.pod.UID), cmp.Compare(ended(a), ended(b)), cmp.Compare(a.pod.Kind, b.pod.Kind))
+	})
 	return nodes, pods, annotations
 }

@@ -195,7 +195,7 @@ func (t *Tracker) State(node model.NodeName, now time.Time) State {
 		if s.Reason == "" {
 			s.Reason = "never read"
 			if !e.reading.At.IsZero() {
-				s.Reason = fmt.Sprintf("not read for %v", age.Round(time.Second))
+				s.Reason = fmt.Sprintf("not read for more than %v", staleAfter)
 			}
 		}
 	case s.Activity == Unknown && s.Reason == "":

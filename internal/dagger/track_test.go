@@ -83,7 +83,7 @@ func TestReadingsGrowOld(t *testing.T) {
 	s.now = s.now.Add(staleAfter)
 	s.want(Idle, 3, "")
 	s.now = s.now.Add(time.Second)
-	s.want(Unknown, 0, "not read for 2m1s")
+	s.want(Unknown, 0, "not read for more than 2m0s")
 	if s.state().Verified {
 		t.Error("an old reading verifies the cache")
 	}

@@ -3,6 +3,8 @@ package dagger
 import (
 	"context"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,7 +31,9 @@ type Watcher struct {
 	mu      sync.Mutex
 	pods    map[string]model.Pod // engines, by UID
 	grouped map[model.NodeName]string
-	renewed map[model.NodeName]bool // nodes that are gone, or another by that name
+	// renewed are the nodes that are gone, or another by that name, since the
+	// last round; nil while nothing is read, and nothing to be forgotten.
+	renewed map[model.NodeName]bool
 }
 
 // NewWatcher returns a Watcher of engines that serve their metrics on port. told
@@ -41,7 +45,7 @@ func NewWatcher(port uint16, told func(model.EngineUse), log *slog.Logger) (*Wat
 	}
 	return &Watcher{
 		port: port, scraper: scraper, told: told, every: readEvery, log: log,
-		pods: map[string]model.Pod{}, grouped: map[model.NodeName]string{}, renewed: map[model.NodeName]bool{},
+		pods: map[string]model.Pod{}, grouped: map[model.NodeName]string{},
 	}, nil
 }
 
@@ -68,7 +72,7 @@ func (w *Watcher) NodeChanged(n model.Node) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if before, known := w.grouped[n.Name]; known && before != n.UID {
-		w.renewed[n.Name] = true
+		w.renew(n.Name)
 	}
 	if n.Labels[model.Prefix+"/node-group"] == "" {
 		delete(w.grouped, n.Name)
@@ -82,13 +86,22 @@ func (w *Watcher) NodeGone(n model.Node) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	delete(w.grouped, n.Name)
-	w.renewed[n.Name] = true
+	w.renew(n.Name)
+}
+
+func (w *Watcher) renew(name model.NodeName) {
+	if w.renewed != nil {
+		w.renewed[name] = true
+	}
 }
 
 // Run reads until ctx ends.
 func (w *Watcher) Run(ctx context.Context) {
 	defer w.scraper.Close()
 	tracker, strays := NewTracker(), map[string]bool{}
+	w.mu.Lock()
+	w.renewed = map[model.NodeName]bool{}
+	w.mu.Unlock()
 	ticker := time.NewTicker(w.every)
 	defer ticker.Stop()
 	for {
@@ -104,6 +117,9 @@ func (w *Watcher) Run(ctx context.Context) {
 // round reads every engine once.
 func (w *Watcher) round(ctx context.Context, tracker *Tracker, strays map[string]bool) {
 	found := w.discover(tracker)
+	maps.DeleteFunc(strays, func(uid string, _ bool) bool {
+		return !slices.ContainsFunc(found.Stray, func(p model.Pod) bool { return p.UID == uid })
+	})
 	for _, p := range found.Stray {
 		if !strays[p.UID] {
 			strays[p.UID] = true
@@ -151,7 +167,10 @@ func use(s State, r model.EngineReading, lost bool) model.EngineUse {
 	case Unknown:
 	}
 	if r.Unknown == "" {
-		u.Clients, u.CacheBytes = r.Clients, max(s.CacheBytes, 0)
+		u.Clients, u.CacheBytes, u.Empty = r.Clients, max(s.CacheBytes, 0), r.CacheBytes == 0
+	}
+	if u.Activity == model.ActivityUnknown {
+		u.Reason = s.Reason
 	}
 	return u
 }

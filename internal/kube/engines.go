@@ -2,12 +2,15 @@ package kube
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -21,12 +24,25 @@ type Engines struct {
 	client client.Client
 }
 
+// EngineSelector says which pods are Dagger engines: those with the labels, in
+// one of the namespaces or, when none are given, in any. Whoever may create pods
+// there decides what is taken for an engine.
+type EngineSelector struct {
+	Labels     labels.Selector
+	Namespaces []string
+}
+
+func (s EngineSelector) matches(p *corev1.Pod) bool {
+	return (len(s.Namespaces) == 0 || slices.Contains(s.Namespaces, p.Namespace)) && s.Labels.Matches(labels.Set(p.Labels))
+}
+
 // NewEngines returns Engines.
 func NewEngines(c client.Client) *Engines { return &Engines{client: c} }
 
 // StopEngine tells an engine to stop: its pod gets our finalizer and is then
 // deleted, with its own grace period. It returns true when there is no such pod.
-// One that somebody else has deleted already gets no finalizer.
+// One that somebody else has deleted already gets no finalizer. An error that is
+// [model.ErrRefused] means that trying again will not help.
 func (e *Engines) StopEngine(ctx context.Context, pod model.Pod) (gone bool, err error) {
 	o := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}}
 	patch := fmt.Appendf(nil, `{"metadata":{"uid":%q,"finalizers":[%q]}}`, pod.UID, finalizerExitCode)
@@ -40,16 +56,33 @@ func (e *Engines) StopEngine(ctx context.Context, pod model.Pod) (gone bool, err
 		// that. A deletion that does nothing tells which.
 		deletion = append(deletion, client.DryRunAll)
 	case err != nil:
-		return false, fmt.Errorf("guarding the engine's pod %s/%s: %w", pod.Namespace, pod.Name, err)
+		return false, fmt.Errorf("guarding the engine's pod %s/%s: %w", pod.Namespace, pod.Name, refused(err))
 	}
 	err = e.client.Delete(ctx, o, deletion...)
 	if apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
 		return true, nil
 	}
 	if err != nil {
-		return false, fmt.Errorf("deleting the engine's pod %s/%s: %w", pod.Namespace, pod.Name, err)
+		return false, fmt.Errorf("deleting the engine's pod %s/%s: %w", pod.Namespace, pod.Name, refused(err))
 	}
 	return false, nil
+}
+
+// refused marks the errors of an API server that has understood and says no.
+func refused(err error) error {
+	var status apierrors.APIStatus
+	if !errors.As(err, &status) {
+		return err
+	}
+	switch code := int(status.Status().Code); code {
+	case http.StatusUnauthorized, http.StatusRequestTimeout, http.StatusConflict, http.StatusTooManyRequests:
+		return err // may be otherwise in a moment
+	default:
+		if code < 400 || code >= 500 {
+			return err
+		}
+		return fmt.Errorf("%w: %w", model.ErrRefused, err)
+	}
 }
 
 // ReleaseEngine takes our finalizer off an engine's pod.
@@ -93,9 +126,23 @@ func stripPodOrEngine(obj any) {
 	if !ok {
 		return
 	}
-	tolerations := p.Spec.Tolerations
+	tolerations, containers := p.Spec.Tolerations, p.Spec.Containers
 	stripPod(p)
 	p.Spec.Tolerations = tolerations
+	for i, c := range containers {
+		if servesMetrics(c) {
+			p.Spec.Containers[i].Env = []corev1.EnvVar{{Name: envMetrics}}
+		}
+	}
+}
+
+// envMetrics has a Dagger engine serve metrics, at an address.
+const envMetrics = "_EXPERIMENTAL_DAGGER_METRICS_ADDR"
+
+// servesMetrics says whether a container may be an engine that serves metrics,
+// by its environment.
+func servesMetrics(c corev1.Container) bool {
+	return len(c.EnvFrom) > 0 || slices.ContainsFunc(c.Env, func(v corev1.EnvVar) bool { return v.Name == envMetrics })
 }
 
 // engineState says what matters of an engine's pod, beside its container.
@@ -104,6 +151,9 @@ func engineState(p *corev1.Pod) model.EngineState {
 		Deleting:       p.DeletionTimestamp != nil,
 		Guarded:        slices.Contains(p.Finalizers, finalizerExitCode),
 		ToleratesDrain: toleratesDrain(p.Spec.Tolerations),
+	}
+	if p.DeletionTimestamp != nil {
+		out.Deadline = p.DeletionTimestamp.Time
 	}
 	containers := p.Spec.Containers
 	if len(containers) == 0 {

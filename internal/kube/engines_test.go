@@ -24,7 +24,7 @@ func TestEngineState(t *testing.T) {
 		{"bare", corev1.Pod{}, model.EngineState{}},
 		{"told to stop", corev1.Pod{
 			ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: &now, Finalizers: []string{"theirs", "hearth.dev/exit-code"}},
-		}, model.EngineState{Deleting: true, Guarded: true}},
+		}, model.EngineState{Deleting: true, Guarded: true, Deadline: now.Time}},
 		{"tolerates everything", corev1.Pod{
 			Spec: corev1.PodSpec{Tolerations: []corev1.Toleration{{Operator: corev1.TolerationOpExists}}},
 		}, model.EngineState{ToleratesDrain: true}},

@@ -12,7 +12,6 @@ import (
 	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/wait"
@@ -49,7 +48,7 @@ type FeedConfig struct {
 	Client client.WithWatch
 	Sink   Sink
 	// Engines selects the pods that are Dagger engines.
-	Engines labels.Selector
+	Engines EngineSelector
 	// KeysFor returns the labels or annotations that make the cache key in a
 	// group, none for the default; the group is empty when it is not known.
 	// It is asked whenever a pod changes, and under the same terms as Sink.
@@ -91,7 +90,7 @@ type groupNotes struct {
 
 // NewFeed returns a feed that watches once it is run.
 func NewFeed(cfg FeedConfig) (*Feed, error) {
-	if cfg.Client == nil || cfg.Sink == nil || cfg.Engines == nil || cfg.KeysFor == nil || cfg.Logger == nil {
+	if cfg.Client == nil || cfg.Sink == nil || cfg.Engines.Labels == nil || cfg.KeysFor == nil || cfg.Logger == nil {
 		return nil, errors.New("making a feed: a field of its configuration is missing")
 	}
 	f := &Feed{
@@ -132,6 +131,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 			f.podNames[nameOf(p)] = types.UID(p.UID)
 			cfg.Sink.PodChanged(p)
 		},
+		another: func(before, now model.Pod) bool { return before.Kind != now.Kind }, // its labels were changed
 		gone: func(p model.Pod) {
 			if f.podNames[nameOf(p)] == types.UID(p.UID) {
 				delete(f.podNames, nameOf(p))

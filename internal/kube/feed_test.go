@@ -13,7 +13,6 @@ import (
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/fake"
@@ -169,6 +168,9 @@ func TestFeed(t *testing.T) {
 			must(t, c.Create(t.Context(), pod("next", "p3", "", map[string]string{"hearth.dev/cache-key": "k"})))
 		},
 			`pod next p3 on "" key "k" engine=false finished=false`)
+		relabelled := pod("next", "p3", "", nil)
+		step("relabelled: it ends and begins", update(relabelled, func() { relabelled.Labels = map[string]string{"app.kubernetes.io/name": "dagger-helm"} }),
+			"pod next p3 gone", `pod next p3 on "" key "" engine=true finished=false`)
 		step("ignored pod gone", func() { must(t, c.Delete(t.Context(), logs)) })
 
 		group := &v1alpha1.RunnerNodeGroup{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.GroupName("Team A")}}
@@ -216,10 +218,6 @@ func TestFeedConfigIsChecked(t *testing.T) {
 // pods and 10 pods that are ignored.
 func BenchmarkFeedMemory(b *testing.B) {
 	const nodes = 1000
-	engines, err := labels.Parse("app.kubernetes.io/name=dagger-helm")
-	if err != nil {
-		b.Fatal(err)
-	}
 	heap := func() uint64 {
 		var m runtime.MemStats
 		runtime.GC()
@@ -229,7 +227,7 @@ func BenchmarkFeedMemory(b *testing.B) {
 	var perNode float64
 	for b.Loop() {
 		f, err := NewFeed(FeedConfig{
-			Client: fake.NewClientBuilder().Build(), Sink: discard{}, Engines: engines, Logger: slog.New(slog.DiscardHandler),
+			Client: fake.NewClientBuilder().Build(), Sink: discard{}, Engines: engineSelector(b), Logger: slog.New(slog.DiscardHandler),
 			KeysFor: func(model.GroupID) []string { return nil },
 		})
 		if err != nil {

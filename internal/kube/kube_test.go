@@ -35,13 +35,13 @@ func newClient(t *testing.T, funcs interceptor.Funcs, objects ...client.Object) 
 		WithInterceptorFuncs(funcs).Build()
 }
 
-func engineSelector(t *testing.T) labels.Selector {
+func engineSelector(t testing.TB) EngineSelector {
 	t.Helper()
 	s, err := labels.Parse("app.kubernetes.io/name=dagger-helm")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s
+	return EngineSelector{Labels: s}
 }
 
 func must(t *testing.T, err error) {

@@ -23,6 +23,9 @@ type mirror[T any] struct {
 	// changed and gone are called with the feed locked.
 	changed func(T)
 	gone    func(T)
+	// another says whether an object has become another thing to whoever is
+	// told: then its end is told before its beginning. nil: never.
+	another func(before, now T) bool
 
 	items  map[types.UID]T
 	synced chan struct{} // closed once a whole list has been taken over
@@ -50,8 +53,12 @@ func (m *mirror[T]) put(obj any) error {
 		m.drop(uid)
 		return nil
 	}
-	if old, known := m.items[uid]; known && reflect.DeepEqual(old, item) {
+	old, known := m.items[uid]
+	if known && reflect.DeepEqual(old, item) {
 		return nil
+	}
+	if known && m.another != nil && m.another(old, item) {
+		m.gone(old)
 	}
 	m.items[uid] = item
 	m.changed(item)

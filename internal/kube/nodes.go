@@ -10,7 +10,6 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -31,7 +30,7 @@ type Nodes struct {
 }
 
 // NewNodes returns Nodes; engines selects the pods that are Dagger engines.
-func NewNodes(c client.Client, engines labels.Selector) *Nodes {
+func NewNodes(c client.Client, engines EngineSelector) *Nodes {
 	return &Nodes{client: c, reader: podReader{
 		engines:   engines,
 		groupOf:   func(label string) model.GroupID { return model.GroupID(label) },

@@ -11,7 +11,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 
 	"github.com/hearth-ci/hearth/api/v1alpha1"
 	"github.com/hearth-ci/hearth/pkg/model"
@@ -76,7 +75,7 @@ func taintedSince(t corev1.Taint, created time.Time) time.Time {
 
 // podReader says what matters of a pod.
 type podReader struct {
-	engines labels.Selector
+	engines EngineSelector
 	// groupOf returns the group with that value of the node group label.
 	groupOf func(label string) model.GroupID
 	// nodeGroup returns the group of a Node, empty when it has none.
@@ -121,7 +120,7 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 }
 
 func (r podReader) kind(p *corev1.Pod) model.PodKind {
-	if r.engines.Matches(labels.Set(p.Labels)) {
+	if r.engines.matches(p) {
 		return model.PodEngine
 	}
 	if p.Namespace == metav1.NamespaceSystem {
@@ -149,7 +148,7 @@ func engineContainer(p *corev1.Pod) *model.EngineContainer {
 		return out
 	}
 	at := max(0, slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == engineContainerName }))
-	out.Image = containers[at].Image
+	out.Image, out.Metrics = containers[at].Image, servesMetrics(containers[at])
 	for _, c := range p.Status.ContainerStatuses {
 		if end := c.State.Terminated; c.Name == containers[at].Name && end != nil {
 			out.Exit = &model.ContainerExit{Code: end.ExitCode, At: end.FinishedAt.Time}

@@ -59,7 +59,7 @@ func newDesk(t testing.TB) *desk {
 	engines, err := labels.Parse("app.kubernetes.io/name=dagger-helm")
 	must(t, err)
 	feed, err := kube.NewFeed(kube.FeedConfig{
-		Client: fake.NewClientBuilder().Build(), Sink: nowhere{}, Engines: engines,
+		Client: fake.NewClientBuilder().Build(), Sink: nowhere{}, Engines: kube.EngineSelector{Labels: engines},
 		KeysFor: func(model.GroupID) []string { return nil }, Logger: slog.New(slog.DiscardHandler),
 	})
 	must(t, err)

@@ -28,6 +28,8 @@ type EngineContainer struct {
 	Image string
 	// Grace is how long the container may take to stop before it is killed.
 	Grace time.Duration
+	// Metrics: its pod says that it serves them.
+	Metrics bool
 	// Exit says how the container ended; nil while it runs, waits for its
 	// start, or nothing is known.
 	Exit *ContainerExit

@@ -8,6 +8,9 @@ type EngineState struct {
 	// Deleting: the pod has been told to stop. Guarded: our finalizer keeps the
 	// pod's object until its exit code has been recorded.
 	Deleting, Guarded bool
+	// Deadline is when its kubelet ends it at the latest if it does not end by
+	// itself; zero when it has not been told to stop. The API server's clock.
+	Deadline time.Time
 	// ToleratesDrain: our drain taint does not keep such a pod away from a
 	// node: when it is deleted, its controller makes another one there.
 	ToleratesDrain bool
@@ -36,9 +39,13 @@ type EngineUse struct {
 	Activity Activity
 	// Clients are the sessions at the newest sample.
 	Clients int
+	// Reason says why the activity is not known; empty when it is.
+	Reason string
 	// CacheBytes is the size of the local cache; zero or less when it is not
-	// known: the engine measures it minutes after its start.
+	// known: the engine measures it minutes after its start. Empty: the engine
+	// says that it holds nothing, which may be no more than that.
 	CacheBytes int64
+	Empty      bool
 	// Wiped: the cache has shrunk so much since the sample before that it must
 	// have been lost.
 	Wiped bool

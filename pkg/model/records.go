@@ -13,6 +13,10 @@ const MaxWarmKeys = 32
 // everything anew.
 var ErrSuperseded = errors.New("the record was written by another process")
 
+// ErrRefused says that the API server has answered, and will not do what it was
+// asked: a right is missing, or an admission policy forbids it.
+var ErrRefused = errors.New("the API server refuses it")
+
 // NodeRecord is what is kept of one instance between two lives of Hearth
 // (RunnerNode). Times are kept to the second.
 type NodeRecord struct {

@@ -2,6 +2,7 @@ package nodegroups
 
 import (
 	"cmp"
+	"errors"
 	"slices"
 	"time"
 
@@ -55,7 +56,12 @@ type Effect struct {
 }
 
 // key identifies an effect among those of its group that are under way.
-func (e Effect) key() string { return string(e.Verb) + " " + string(e.Node.ID) }
+func (e Effect) key() string {
+	if e.Verb == StopEngine || e.Verb == ReleaseEngine {
+		return string(e.Verb) + " " + e.Engine.UID
+	}
+	return string(e.Verb) + " " + string(e.Node.ID)
+}
 
 // Ready advances what waits for time or for an observation and returns the
 // effects that are due. Every effect returned counts as under way until its
@@ -185,10 +191,11 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 	for verb, pick := range map[Verb]func(model.InstanceID, Intent) bool{
 		Terminate: func(id model.InstanceID, i Intent) bool {
 			return i.Desired == model.DesiredGone && i.Stage == StageStopping &&
-				g.members[id].cloud.State != "" && g.members[id].cloud.State != model.InstanceTerminating
+				g.members[id].cloud.State != "" && g.members[id].cloud.State != model.InstanceTerminating && !g.heldByJob(id, i, now)
 		},
 		Stop: func(id model.InstanceID, i Intent) bool {
-			return i.Desired == model.DesiredParked && i.Stage == StageStopping && active(g.members[id].cloud.State) && !g.held(id, i, now)
+			return i.Desired == model.DesiredParked && i.Stage == StageStopping && active(g.members[id].cloud.State) &&
+				!g.held(id, i, now) && !g.heldByJob(id, i, now)
 		},
 		Start: func(id model.InstanceID, i Intent) bool {
 			return i.Desired == model.DesiredRunning && g.members[id].cloud.State == model.InstanceStopped
@@ -230,9 +237,9 @@ func (g *Group) nodeEffects(now time.Time) []Effect {
 			// One at a time, since each builds on the one before.
 			switch {
 			case g.underWay(id, Taint, Untaint, Confirm):
-			case !node.Draining || !m.tainted:
+			case !node.Draining || m.taintedAt.IsZero():
 				add(Taint, node)
-			case !g.busy[id] && !m.confirmed:
+			case g.keptAway(id, now) && (!g.busy[id] || intent.tooLong(now)) && !m.confirmed:
 				add(Confirm, node)
 			}
 		case intended && intent.Stage == StageEngine:
@@ -297,12 +304,20 @@ func (g *Group) done(e Done, now time.Time) {
 		// Failed calls too: a timeout says nothing about what was done.
 		g.settledAt = e.At
 	}
+	if m := g.members[e.Effect.Node.ID]; m != nil && e.Effect.Verb == StopEngine {
+		switch refused := errors.Is(e.Err, model.ErrRefused); {
+		case !refused:
+			m.refusedAt = time.Time{}
+		case m.refusedAt.IsZero():
+			m.refusedAt = now
+		}
+	}
 	if e.Err == nil {
 		delete(g.attempts, key)
 		if m := g.members[e.Effect.Node.ID]; m != nil {
 			switch e.Effect.Verb {
 			case Taint:
-				m.tainted = true
+				m.taintedAt = now
 			case Untaint:
 				m.takenBack = false
 			}

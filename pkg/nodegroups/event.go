@@ -39,11 +39,13 @@ type (
 		Pods     []model.Pod
 	}
 	// ObserveUse says whether sessions are connected to its engine, as of the
-	// sample at a time.
+	// sample at a time. Metrics: it has told so before, so that not to know is
+	// no sign of quiet.
 	ObserveUse struct {
 		Instance model.InstanceID
 		Activity model.Activity
 		At       time.Time
+		Metrics  bool
 	}
 	// Decide is the plan: it replaces all earlier verdicts of the group.
 	Decide struct{ Verdicts []model.Verdict }

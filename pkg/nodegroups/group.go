@@ -103,13 +103,7 @@ type member struct {
 	refreshes  int
 	readySince time.Time
 	wasReady   bool
-	// Of the present drain: our taint was put on, and a live read found no
-	// runner pods since, at a time, and these engines. engineGone is the UID of
-	// an engine that does not exist any more.
-	tainted, confirmed bool
-	confirmedAt        time.Time
-	engines            []model.Pod
-	engineGone         string
+	drain      // the present one
 	// takenBack: taints are to come off, whether they are seen or not.
 	takenBack bool
 }
@@ -419,7 +413,7 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 		g.observeEngine(e.Instance, e.Pods)
 	case ObserveUse:
 		g.uses[e.Instance] = e
-		if e.Activity == model.ActivityUnknown {
+		if e.Activity == model.ActivityUnknown && !e.Metrics {
 			delete(g.uses, e.Instance)
 		}
 	case Decide:
@@ -443,12 +437,10 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 	case Prescale:
 		g.prescale(e, now, &out)
 	case Confirmed:
-		if m := g.members[e.Instance]; m != nil {
-			m.confirmed, m.confirmedAt, m.engines = e.Idle, now, e.Engines
-		}
+		g.confirm(e, now)
 	case EngineGone:
 		if m := g.members[e.Instance]; m != nil {
-			m.engineGone = e.UID
+			m.gone, m.goneAt = e.UID, now
 		}
 	case Done:
 		g.done(e, now)
@@ -498,6 +490,9 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 		}
 		seen[i.ID] = true
 		if m := g.members[i.ID]; m != nil {
+			if g.settings.Runner() && active(m.cloud.State) && stopped(i.State) && !g.leaving(i.ID) {
+				out.note(CommitNone, "lost", "stopped-elsewhere", 1, i.ID)
+			}
 			m.cloud, m.missing = i, 0
 		} else {
 			g.bind(i, now, out)
@@ -550,10 +545,10 @@ func (g *Group) bind(i model.Instance, now time.Time, out *Outcome) {
 		m.wasReady = wasReady(n)
 	}
 	g.members[i.ID] = m
-	stopped := i.State == model.InstanceStopped || i.State == model.InstanceStopping
 	switch {
-	case stopped:
-		g.record.Intents[i.ID] = Intent{Desired: model.DesiredParked, Stage: StageStopping, Since: now}
+	case stopped(i.State):
+		// Nobody saw its engine end.
+		g.record.Intents[i.ID] = Intent{Desired: model.DesiredParked, Stage: StageStopping, Since: now, Exit: ExitLost}
 		out.note(CommitSoon, "adopt", "stopped", 1, i.ID)
 	case revealed > 0:
 	default:
@@ -856,7 +851,7 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 		if g.settings.Runner() && g.settings.Park == ParkStop && g.verdicts[id].Decision == model.DecisionPark && !g.neverReady(id) {
 			intent.Desired = model.DesiredParked
 		}
-		if !g.settings.Runner() || g.nodes[id].Name == "" {
+		if !g.settings.Runner() || g.nodes[id].Name == "" && g.neverReady(id) {
 			intent.Stage = StageStopping
 		}
 		g.record.Intents[id] = intent
@@ -1091,4 +1086,8 @@ func (g *Group) running() (seen, missing int) {
 
 func active(s model.InstanceState) bool {
 	return s == model.InstancePending || s == model.InstanceRunning
+}
+
+func stopped(s model.InstanceState) bool {
+	return s == model.InstanceStopping || s == model.InstanceStopped
 }

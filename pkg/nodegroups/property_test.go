@@ -58,7 +58,7 @@ func TestNodesAreObservedInAnyOrder(t *testing.T) {
 			case 1:
 				events = append(events, ObserveBusy{id, rapid.Bool().Draw(t, "busy")})
 			case 2:
-				events = append(events, ObserveUse{id, rapid.SampledFrom([]model.Activity{"", "idle", "busy"}).Draw(t, "activity"), s.w.now})
+				events = append(events, ObserveUse{id, rapid.SampledFrom([]model.Activity{"", "idle", "busy"}).Draw(t, "activity"), s.w.now, rapid.Bool().Draw(t, "metrics")})
 			case 3:
 				events = append(events, ObserveEngine{id, s.w.engines[id]})
 			default:

@@ -645,7 +645,7 @@ func (s *sim) meddle() {
 		return
 	}
 	for _, p := range s.w.engines[id] {
-		s.w.changeEngine(id, p.UID, func(p *model.Pod) { p.EngineState.Deleting = true })
+		s.w.changeEngine(id, p.UID, s.w.tellToStop)
 	}
 }
 
@@ -665,7 +665,7 @@ func (s *sim) sample() {
 		if s.w.sessions[id] || s.w.jobs[id] {
 			activity = model.ActivityBusy
 		}
-		s.observe(ObserveUse{id, activity, s.w.now})
+		s.observe(ObserveUse{id, activity, s.w.now, true})
 	}
 }
 

@@ -96,7 +96,7 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 	case "sampled": // activity=busy|idle: what the engine's metrics say
 		for _, id := range ids {
 			s.world.now = s.world.now.Add(time.Millisecond)
-			s.step(ObserveUse{id, model.Activity(argument(d, "activity")), s.world.now})
+			s.step(ObserveUse{id, model.Activity(argument(d, "activity")), s.world.now, argument(d, "activity") != ""})
 		}
 	case "engine": // starts, exits, vanishes, is deleted by somebody
 		s.engine(t, d, ids)
@@ -334,7 +334,7 @@ func (s *story) engine(t *testing.T, d *datadriven.TestData, args []model.Instan
 			w.vanishEngines(id)
 		case "deleted": // by somebody else
 			for _, p := range w.engines[id] {
-				w.changeEngine(id, p.UID, func(p *model.Pod) { p.EngineState.Deleting = true })
+				w.changeEngine(id, p.UID, w.tellToStop)
 			}
 		default:
 			d.Fatalf(t, "engine: unknown %q", args[0])
@@ -561,7 +561,7 @@ func (s *story) show() {
 		for _, p := range w.engines[id] {
 			switch code, ended := EngineExit(p); {
 			case ended:
-				node += fmt.Sprintf(",engine exited %d", code)
+				node += fmt.Sprintf(",engine exited %s", code)
 			case p.EngineState.Deleting:
 				node += ",engine stopping"
 			default:

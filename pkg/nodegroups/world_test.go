@@ -83,6 +83,13 @@ func (w *world) sweep(id model.InstanceID) {
 	}
 }
 
+// tellToStop is the deletion of an engine's pod.
+func (w *world) tellToStop(p *model.Pod) {
+	if s := &p.EngineState; !s.Deleting {
+		s.Deleting, s.Deadline = true, w.now.Add(p.Engine.Grace)
+	}
+}
+
 // running returns the engines that have not ended.
 func (w *world) running(id model.InstanceID) (pods []model.Pod) {
 	for _, p := range w.engines[id] {
@@ -99,7 +106,7 @@ func (w *world) exitEngines(id model.InstanceID, code int, told func()) {
 	for _, p := range w.running(id) {
 		if p.EngineState.Deleting {
 			w.changeEngine(id, p.UID, func(p *model.Pod) {
-				p.Engine = &model.EngineContainer{Grace: p.Engine.Grace, Exit: &model.ContainerExit{Code: int32(code)}}
+				p.Engine = &model.EngineContainer{Grace: p.Engine.Grace, Exit: &model.ContainerExit{Code: int32(code), At: w.now}}
 			})
 			w.spoiled[id] = w.spoiled[id] || code != 0
 		}
@@ -246,9 +253,8 @@ func (w *world) apply(e Effect) (answer bool) {
 		}
 	case StopEngine:
 		return !w.changeEngine(e.Node.ID, e.Engine.UID, func(p *model.Pod) {
-			s := &p.EngineState
-			s.Guarded = s.Guarded || !s.Deleting // nothing can be added to what is being deleted
-			s.Deleting = true
+			p.EngineState.Guarded = p.EngineState.Guarded || !p.EngineState.Deleting // nothing can be added to what is being deleted
+			w.tellToStop(p)
 		})
 	case ReleaseEngine:
 		w.changeEngine(e.Node.ID, e.Engine.UID, func(p *model.Pod) { p.EngineState.Guarded = false })
@@ -279,7 +285,7 @@ func (w *world) halt(id model.InstanceID) {
 func (w *world) collect(id model.InstanceID) {
 	w.engines[id] = slices.DeleteFunc(slices.Clone(w.engines[id]), func(p model.Pod) bool { return !p.EngineState.Guarded })
 	for i := range w.engines[id] {
-		w.engines[id][i].EngineState.Deleting = true
+		w.tellToStop(&w.engines[id][i])
 	}
 	if len(w.engines[id]) == 0 {
 		delete(w.engines, id)

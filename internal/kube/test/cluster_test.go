@@ -257,11 +257,11 @@ func testColumns(t *testing.T, c *cluster) {
 	}
 }
 
-func selector(t *testing.T) labels.Selector {
+func selector(t *testing.T) kube.EngineSelector {
 	t.Helper()
 	s, err := labels.Parse("app.kubernetes.io/name=dagger-helm")
 	must(t, err)
-	return s
+	return kube.EngineSelector{Labels: s}
 }
 
 func testNodes(t *testing.T, c *cluster) {
