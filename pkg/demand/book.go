@@ -1,0 +1,159 @@
+package demand
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+)
+
+const (
+	// QueuedFor is how long a job that nothing more is heard of is believed to
+	// wait. CI systems lose events, and do not send them again.
+	QueuedFor = time.Hour
+	// endedFor is how long it is remembered that a job has ended or runs, so
+	// that an event that comes late does not have it queued again.
+	endedFor = time.Hour
+	// MaxJobs bounds the jobs that a Book remembers.
+	MaxJobs = 50000
+)
+
+// Book knows the jobs that CI systems have told of. Messages may come twice,
+// late, in any order or never: a job only ever moves on, and a listing says what
+// no event did. A Book is for one goroutine.
+type Book struct {
+	jobs    map[JobID]*entry
+	guesses map[string]JobID // by runner
+	// Forgotten counts the queued jobs of which nothing was heard for QueuedFor,
+	// Refused the messages about new jobs when MaxJobs were remembered.
+	Forgotten, Refused int
+	swept              time.Time
+}
+
+type entry struct {
+	Job
+	heard time.Time // when it was last told of
+}
+
+// NewBook returns a Book that knows no jobs.
+func NewBook() *Book { return &Book{jobs: map[JobID]*entry{}, guesses: map[string]JobID{}} }
+
+// Observe takes a message. It returns whether anything is another way now.
+func (b *Book) Observe(j Job, now time.Time) (changed bool) {
+	e := b.jobs[j.ID]
+	if e == nil {
+		if b.sweep(now); len(b.jobs) >= MaxJobs {
+			b.Refused++
+			return false
+		}
+		if j.QueuedAt.IsZero() || j.QueuedAt.After(now) {
+			j.QueuedAt = now // a clock that is ahead does not make a job younger
+		}
+		b.jobs[j.ID] = &entry{Job: j, heard: now}
+		b.settle(j)
+		return true
+	}
+	e.heard = now
+	before := e.State
+	if j.State > e.State {
+		e.State, e.At = j.State, j.At
+	}
+	e.Runner = cmp.Or(j.Runner, e.Runner)
+	e.Key = cmp.Or(e.Key, j.Key)
+	if len(e.Labels) == 0 {
+		e.Labels = j.Labels
+	}
+	if !j.QueuedAt.IsZero() && j.QueuedAt.Before(e.QueuedAt) {
+		e.QueuedAt = j.QueuedAt
+	}
+	b.settle(j)
+	return e.State != before
+}
+
+// settle ends a guess: the runner that a message names is that of its job, and
+// of no other.
+func (b *Book) settle(j Job) {
+	id, guessed := b.guesses[j.Runner]
+	if j.Runner == "" || !guessed {
+		return
+	}
+	delete(b.guesses, j.Runner)
+	if e := b.jobs[id]; e != nil && id != j.ID && e.Runner == j.Runner && e.State == Running {
+		e.State, e.Runner = Queued, ""
+	}
+}
+
+// Reconcile takes a listing: it says what has not ended, and what has.
+func (b *Book) Reconcile(l Listing, now time.Time) (changed bool) {
+	listed := make(map[JobID]bool, len(l.Jobs))
+	for _, j := range l.Jobs {
+		listed[j.ID] = true
+		if e := b.jobs[j.ID]; e != nil && j.State == Queued && b.guesses[e.Runner] == j.ID {
+			delete(b.guesses, e.Runner)
+			e.State, e.Runner = Queued, ""
+			changed = true
+		}
+		changed = b.Observe(j, now) || changed
+	}
+	for id, e := range b.jobs {
+		if !listed[id] && e.System == l.System && e.Scope == l.Scope && e.State != Ended && e.QueuedAt.Before(l.At) {
+			e.State, e.At, e.heard = Ended, l.At, now
+			changed = true
+		}
+	}
+	return changed
+}
+
+// PickedUp takes in that a runner was seen to have picked up a job of a key: the
+// one of that key that has waited longest, unless a message said which.
+func (b *Book) PickedUp(runner string, key model.CacheKey, now time.Time) (changed bool) {
+	var oldest *entry
+	for _, e := range b.jobs {
+		if e.Runner == runner {
+			return false
+		}
+		if e.State == Queued && e.Key == key && (oldest == nil || older(e.Job, oldest.Job) < 0) {
+			oldest = e
+		}
+	}
+	if oldest == nil {
+		return false
+	}
+	oldest.State, oldest.Runner, oldest.heard = Running, runner, now
+	b.guesses[runner] = oldest.ID
+	return true
+}
+
+// Queued returns the jobs that wait, those that have waited longest first. It
+// lets go of what is too old.
+func (b *Book) Queued(now time.Time) (jobs []Job) {
+	b.sweep(now)
+	for _, e := range b.jobs {
+		if e.State == Queued {
+			jobs = append(jobs, e.Job)
+		}
+	}
+	slices.SortFunc(jobs, older)
+	return jobs
+}
+
+func older(a, b Job) int { return cmp.Or(a.QueuedAt.Compare(b.QueuedAt), cmp.Compare(a.ID, b.ID)) }
+
+// sweep forgets what has not been told of for too long.
+func (b *Book) sweep(now time.Time) {
+	if now.Sub(b.swept) < time.Minute && len(b.jobs) < MaxJobs {
+		return
+	}
+	b.swept = now
+	for id, e := range b.jobs {
+		switch age := now.Sub(e.heard); {
+		case e.State == Queued && age >= QueuedFor:
+			b.Forgotten++
+			delete(b.jobs, id)
+		case e.State != Queued && age >= endedFor:
+			delete(b.guesses, e.Runner)
+			delete(b.jobs, id)
+		}
+	}
+}
