@@ -23,6 +23,9 @@ type history struct {
 	restored map[model.InstanceID]map[scoring.Key]time.Time
 	// perNode counts the unfinished runner pods bound to each node.
 	perNode map[model.NodeName]int
+	// held counts the runners bound to each node that have no job yet: they are
+	// free slots.
+	held map[model.NodeName]int
 	// idleSince is when the node last became idle.
 	idleSince map[model.NodeName]time.Time
 }
@@ -46,6 +49,7 @@ func newHistory() *history {
 		pods:      map[string]seenPod{},
 		restored:  map[model.InstanceID]map[scoring.Key]time.Time{},
 		perNode:   map[model.NodeName]int{},
+		held:      map[model.NodeName]int{},
 		idleSince: map[model.NodeName]time.Time{},
 	}
 }
@@ -146,6 +150,12 @@ func (h *history) gone(p model.Pod, instance model.InstanceID, now time.Time) (n
 // count adds a pod to those that keep its node busy, or takes it away.
 func (h *history) count(p model.Pod, by int, now time.Time) {
 	if p.Node == "" || !p.Finished.IsZero() {
+		return
+	}
+	if p.Waiting {
+		if h.held[p.Node] += by; h.held[p.Node] <= 0 {
+			delete(h.held, p.Node)
+		}
 		return
 	}
 	h.perNode[p.Node] += by

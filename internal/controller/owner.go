@@ -38,6 +38,7 @@ type owner struct {
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
 	placements  placements
+	demand      wanted
 	learnt      map[model.GroupID]*learnt
 	memories    memories
 	marking     map[model.InstanceID]marking
@@ -74,6 +75,7 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		dirty:       map[model.GroupID]bool{},
 		history:     newHistory(),
 		placements:  placements{of: map[string]*explain.Placement{}},
+		demand:      newWanted(),
 		learnt:      map[model.GroupID]*learnt{},
 		marking:     map[model.InstanceID]marking{},
 		reported:    map[model.GroupID]map[model.InstanceID]report{},
@@ -170,6 +172,7 @@ func (o *owner) sayProblems(group model.GroupID, problems []nodegroups.Annotatio
 func (o *owner) loop() {
 	tick := time.NewTicker(o.cfg.Tick)
 	defer tick.Stop()
+	defer o.demand.timer.Stop()
 	for {
 		select {
 		case <-o.ctx.Done():
@@ -179,6 +182,9 @@ func (o *owner) loop() {
 		case <-o.cfg.World.wake:
 			o.observe(o.cfg.World.take())
 			o.sampled(o.cfg.World.takeUses())
+			o.hear(o.cfg.World.takeJobs())
+		case <-o.demand.timer.C:
+			o.meetDemand(time.Now())
 		case r := <-o.results:
 			o.finished(r)
 		case id := <-o.marked:
@@ -279,6 +285,7 @@ func (o *owner) seePod(c podChange, now time.Time) {
 		group = p.Group
 	}
 	o.arrived(before, p, group, c.gone, now)
+	o.seeDemand(before.Pod, p, c.gone, now)
 	g := o.fleet[group]
 	if news == nil || g == nil {
 		return

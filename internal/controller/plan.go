@@ -24,6 +24,7 @@ func bounds(s nodegroups.Settings, now time.Time) scoring.Bounds {
 func (o *owner) plan() {
 	now := time.Now()
 	o.planned = now
+	o.meetDemand(now)
 	for _, id := range slices.Sorted(maps.Keys(o.fleet)) {
 		o.serveWaiting()
 		g := o.fleet[id]
@@ -43,13 +44,13 @@ func (o *owner) planGroup(g *nodegroups.Group, now time.Time) {
 	request.Bounds.Coming = g.Coming()
 	l.memory.Keys.SetPenalty(settings.ColdPenalty)
 	var others []held
-	idle := 0
+	idle, parked := 0, map[model.InstanceID]bool{}
 	for _, n := range statuses {
 		node := o.scored(n, now)
 		m := n.Node.Marks
 		switch {
 		case n.Phase == model.PhaseParked:
-			node.Parked = true
+			node.Parked, parked[n.ID] = true, true
 			request.Nodes = append(request.Nodes, node)
 		case n.Phase == model.PhaseDraining || n.Phase == model.PhaseParking:
 			// Nothing to decide; but the worth says who is taken back.
@@ -85,6 +86,7 @@ func (o *owner) planGroup(g *nodegroups.Group, now time.Time) {
 			o.wantedAt[v.Instance] = now
 		}
 	}
+	reserve(answer.Verdicts, parked, o.demand.reserved(g))
 	scoring.Pace(answer.Verdicts, request.Nodes, request.Bounds.Park, now)
 	for _, v := range answer.Verdicts {
 		switch _, released := o.releasedAt[v.Instance]; {
@@ -177,6 +179,6 @@ func (o *owner) preferred(g *nodegroups.Group, now time.Time) []model.InstanceID
 	if len(parked) == 0 {
 		return nil
 	}
-	ranked, _ := scoring.RankParked(parked, o.history.waiting(g.Spec().ID), g.Settings().JobsPerNode, len(parked), o.learntOf(g).memory.Keys, now)
+	ranked, _ := scoring.RankParked(parked, o.waiting(g.Spec().ID), g.Settings().JobsPerNode, len(parked), o.learntOf(g).memory.Keys, now)
 	return ranked
 }

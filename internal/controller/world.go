@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/hearth-ci/hearth/pkg/demand"
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
@@ -26,6 +27,8 @@ type World struct {
 	nodes       map[model.NodeName]nodeChange
 	pods        map[podKey]podChange
 	uses        map[model.NodeName]model.EngineUse
+	jobs        []demand.Job
+	listings    []demand.Listing
 	annotations map[model.GroupID]map[string]string
 	wake        chan struct{}
 }
@@ -179,6 +182,43 @@ func (w *World) AnnotationsChanged(group model.GroupID, annotations map[string]s
 	w.seen[group] = annotations
 	w.readKeys(group)
 	w.changed()
+}
+
+// mostJobs bounds the messages about jobs that wait for the owner.
+const mostJobs = 10000
+
+// JobObserved takes a message of a CI system about a job. It returns false when
+// nobody takes it in now: this process does not lead, or too many wait.
+func (w *World) JobObserved(j demand.Job) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.owned || len(w.jobs) >= mostJobs {
+		return false
+	}
+	w.jobs = append(w.jobs, j)
+	w.changed()
+	return true
+}
+
+// JobsListed takes what a CI system lists as not ended, on the same terms.
+func (w *World) JobsListed(l demand.Listing) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.owned || len(w.listings) >= mostJobs/100 {
+		return false
+	}
+	w.listings = append(w.listings, l)
+	w.changed()
+	return true
+}
+
+// takeJobs returns what CI systems told since the last call, in that order.
+func (w *World) takeJobs() (jobs []demand.Job, listings []demand.Listing) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	jobs, listings = w.jobs, w.listings
+	w.jobs, w.listings = nil, nil
+	return jobs, listings
 }
 
 // takeUses returns what was sampled of engines since the last call.

@@ -76,9 +76,9 @@ type Feed struct {
 	nodeLabels map[model.NodeName]string
 	labelled   map[string]model.GroupID
 	// runners are GitHub's ephemeral runners, whose pods have their names; jobs
-	// the keys of what they have picked up, podNames the pods, by those names.
+	// what they do, podNames the pods, by those names.
 	runners  *mirror[runnerJob]
-	jobs     map[types.NamespacedName]model.CacheKey
+	jobs     map[types.NamespacedName]runnerJob
 	podNames map[types.NamespacedName]types.UID
 }
 
@@ -95,7 +95,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 	}
 	f := &Feed{
 		cfg: cfg, nodeLabels: map[model.NodeName]string{}, labelled: map[string]model.GroupID{},
-		jobs: map[types.NamespacedName]model.CacheKey{}, podNames: map[types.NamespacedName]types.UID{},
+		jobs: map[types.NamespacedName]runnerJob{}, podNames: map[types.NamespacedName]types.UID{},
 	}
 	f.reader = podReader{
 		engines: cfg.Engines,
@@ -123,7 +123,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 		read: func(obj any) (model.Pod, bool) {
 			p := f.reader.pod(obj.(*corev1.Pod))
 			if p.Kind == model.PodRunner {
-				p.Job = f.jobs[nameOf(p)]
+				f.ofRunner(&p)
 			}
 			return p, p.Kind != model.PodIgnored
 		},
@@ -142,7 +142,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 	f.runners = &mirror[runnerJob]{
 		feed: f, items: map[types.UID]runnerJob{}, synced: make(chan struct{}),
 		strip: stripRunner, read: readRunner,
-		changed: f.jobPickedUp, gone: func(r runnerJob) { delete(f.jobs, r.name) },
+		changed: f.runnerChanged, gone: func(r runnerJob) { delete(f.jobs, r.name) },
 	}
 	f.groups = &mirror[groupNotes]{
 		feed: f, items: map[types.UID]groupNotes{}, synced: make(chan struct{}),

@@ -27,7 +27,8 @@ func ephemeralRunner(kind string) schema.GroupVersionKind {
 // runnerJob is what an EphemeralRunner's status tells of its job.
 type runnerJob struct {
 	name types.NamespacedName
-	key  model.CacheKey
+	key  model.CacheKey // empty when it does not say
+	busy bool           // it has a job
 }
 
 func nameOf(p model.Pod) types.NamespacedName {
@@ -62,17 +63,27 @@ func (f *Feed) followRunners(ctx context.Context) {
 	f.follow(ctx, kind, list, f.runners)
 }
 
-// jobPickedUp tells of the pod anew, if it is known.
-func (f *Feed) jobPickedUp(r runnerJob) {
-	f.jobs[r.name] = r.key
+// runnerChanged tells of the pod anew, if it is known: it has picked up a job,
+// or is known to have none yet.
+func (f *Feed) runnerChanged(r runnerJob) {
+	f.jobs[r.name] = r
 	uid := f.podNames[r.name]
 	p, known := f.pods.items[uid]
-	if !known || p.Kind != model.PodRunner || p.Job == r.key {
+	if !known || p.Kind != model.PodRunner {
 		return
 	}
-	p.Job = r.key
+	before := p
+	if f.ofRunner(&p); p.Job == before.Job && p.Waiting == before.Waiting {
+		return
+	}
 	f.pods.items[uid] = p
 	f.cfg.Sink.PodChanged(p)
+}
+
+// ofRunner fills in what the EphemeralRunner of a pod tells.
+func (f *Feed) ofRunner(p *model.Pod) {
+	r, known := f.jobs[nameOf(*p)]
+	p.Job, p.Waiting = r.key, known && !r.busy && p.Finished.IsZero()
 }
 
 func stripRunner(obj any) {
@@ -82,15 +93,29 @@ func stripRunner(obj any) {
 	}
 }
 
-// readRunner leaves out runners that have no job yet.
+// readRunner reads what a runner does. Which of the fields that tell of its job
+// there are depends on the controller's version.
 func readRunner(obj any) (runnerJob, bool) {
 	o := obj.(*unstructured.Unstructured)
+	status, _, _ := unstructured.NestedMap(o.Object, "status")
+	busy := false
+	for _, field := range []string{"jobId", "jobRequestId", "jobRepositoryName", "jobDisplayName", "jobWorkflowRef", "workflowRunId"} {
+		switch value := status[field].(type) {
+		case nil:
+		case string:
+			busy = busy || value != ""
+		case int64:
+			busy = busy || value != 0
+		case float64:
+			busy = busy || value != 0
+		}
+	}
 	text := func(field string) string {
 		value, _, _ := unstructured.NestedString(o.Object, "status", field) // of another type: nothing
 		return strings.TrimSpace(value)
 	}
 	key := jobKey(text("jobRepositoryName"), text("jobWorkflowRef"))
-	return runnerJob{types.NamespacedName{Namespace: o.GetNamespace(), Name: o.GetName()}, key}, key != ""
+	return runnerJob{types.NamespacedName{Namespace: o.GetNamespace(), Name: o.GetName()}, key, busy}, true
 }
 
 // jobKey names the pipeline of a GitHub job: its repository and its workflow,

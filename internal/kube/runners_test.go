@@ -62,11 +62,19 @@ func shop() map[string]any {
 }
 
 func TestReadRunner(t *testing.T) {
-	for name, status := range map[string]map[string]any{
-		"no status": nil, "no job yet": {"phase": "Running"}, "of other types": {"jobRepositoryName": int64(7), "jobWorkflowRef": []any{}},
+	for _, tt := range []struct {
+		name   string
+		status map[string]any
+		busy   bool
+	}{
+		{"no status", nil, false},
+		{"no job yet", map[string]any{"phase": "Running", "jobDisplayName": "", "workflowRunId": int64(0)}, false},
+		{"of other types", map[string]any{"jobRepositoryName": int64(7), "jobWorkflowRef": []any{}}, true},
+		{"an older controller's", map[string]any{"jobRequestId": int64(7)}, true},
+		{"a newer one's", map[string]any{"jobId": "0b1c"}, true},
 	} {
-		if r, matters := readRunner(runnerObject("r", "u", status)); matters {
-			t.Errorf("%s: %+v", name, r)
+		if r, matters := readRunner(runnerObject("r", "u", tt.status)); !matters || r.key != "" || r.busy != tt.busy {
+			t.Errorf("%s: %+v", tt.name, r)
 		}
 	}
 	o := runnerObject("r", "u", shop())
@@ -75,7 +83,7 @@ func TestReadRunner(t *testing.T) {
 	if _, has := o.Object["spec"]; has {
 		t.Error("the spec is kept")
 	}
-	if r, _ := readRunner(o); r.key != "github/acme/shop/.github/workflows/ci.yml" || r.name.Name != "r" {
+	if r, _ := readRunner(o); !r.busy || r.key != "github/acme/shop/.github/workflows/ci.yml" || r.name.Name != "r" {
 		t.Errorf("%+v", r)
 	}
 }
@@ -83,14 +91,15 @@ func TestReadRunner(t *testing.T) {
 // jobSink remembers the job of each pod as last told.
 type jobSink struct {
 	logSink
-	state sync.Mutex
-	jobs  map[string]model.CacheKey
+	state   sync.Mutex
+	jobs    map[string]model.CacheKey
+	waiting map[string]bool
 }
 
 func (s *jobSink) PodChanged(p model.Pod) {
 	s.state.Lock()
 	defer s.state.Unlock()
-	s.jobs[p.Name] = p.Job
+	s.jobs[p.Name], s.waiting[p.Name] = p.Job, p.Waiting
 }
 
 // A cluster that learns of EphemeralRunners later is noticed, and a job makes
@@ -110,7 +119,7 @@ func TestJobsOfEphemeralRunners(t *testing.T) {
 				return c.List(ctx, list, opts...)
 			},
 		}, pod("early", "p1", "n", set), pod("late", "p2", "n", set), pod("other", "p3", "n", nil), runnerObject("early", "r1", shop()))
-		sink := &jobSink{jobs: map[string]model.CacheKey{}}
+		sink := &jobSink{jobs: map[string]model.CacheKey{}, waiting: map[string]bool{}}
 		f, err := NewFeed(FeedConfig{
 			Client: listOnly{c}, Sink: sink, Engines: engineSelector(t), Logger: slog.New(slog.DiscardHandler),
 			KeysFor: func(model.GroupID) []string { return nil },
@@ -127,6 +136,10 @@ func TestJobsOfEphemeralRunners(t *testing.T) {
 			sink.state.Lock()
 			defer sink.state.Unlock()
 			for name, key := range jobs {
+				// Without an EphemeralRunner nothing is known of a runner's work.
+				if waits := name == "late" && when == "no job yet"; sink.waiting[name] != waits {
+					t.Errorf("%s: %s waits for a job: %v", when, name, !waits)
+				}
 				if sink.jobs[name] != key {
 					t.Errorf("%s: the job of %s is %q, want %q", when, name, sink.jobs[name], key)
 				}

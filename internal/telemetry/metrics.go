@@ -18,6 +18,9 @@ type Metrics struct {
 
 	Jobs    *prometheus.CounterVec   // nodegroup, temperature
 	JobWait *prometheus.HistogramVec // nodegroup; seconds
+	// JobsPending are queued or, source "pod", waiting for a node; those that no
+	// group may run have no nodegroup.
+	JobsPending *prometheus.GaugeVec // nodegroup, source
 
 	EngineCacheBytes *prometheus.GaugeVec // nodegroup
 	EngineClients    *prometheus.GaugeVec // nodegroup
@@ -59,6 +62,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		HiddenNodes: gauges("hearth_nodegroup_hidden_nodes", "Nodes launched ahead of demand that cluster-autoscaler is not told of yet.", "nodegroup"),
 
 		Jobs: counters("hearth_jobs_total", "CI jobs that started, by whether their node's cache was warm or cold for them.", "nodegroup", "temperature"),
+		JobsPending: gauges("hearth_jobs_pending", "CI jobs that are queued, by the CI system that said so, and runner pods without a node (source pod). Jobs that no node group may run have an empty nodegroup.", "nodegroup", "source"),
 		JobWait: histograms("hearth_job_wait_seconds", "Time from a CI job's pod being created to its start.",
 			[]float64{1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800}, "nodegroup"),
 
@@ -94,7 +98,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 func (m *Metrics) ForgetGroup(id string) {
 	group := prometheus.Labels{"nodegroup": id}
 	for _, vec := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
-		m.Nodes, m.TargetSize, m.HiddenNodes, m.Jobs, m.JobWait, m.ScaleEvents, m.Vetoes, m.AnnotationErrors,
+		m.Nodes, m.TargetSize, m.HiddenNodes, m.Jobs, m.JobWait, m.JobsPending, m.ScaleEvents, m.Vetoes, m.AnnotationErrors,
 		m.EngineCacheBytes, m.EngineClients,
 	} {
 		vec.DeletePartialMatch(group)

@@ -270,8 +270,8 @@ func TestPlan(t *testing.T) {
 					t.Errorf("%d nodes of %s, want %d", w.Nodes[g.ID], g.ID, tt.nodes[g.ID])
 				}
 			}
-			if w.UnmatchedN != tt.unmatched || len(w.Unmatched) != tt.unmatched {
-				t.Errorf("%d unmatched", w.UnmatchedN)
+			if w.UnmatchedBy[GitHub] != tt.unmatched || len(w.Unmatched) != tt.unmatched {
+				t.Errorf("%v unmatched", w.UnmatchedBy)
 			}
 			for i := range before {
 				if before[i].Free != tt.groups[i].Free || before[i].Room != tt.groups[i].Room {

@@ -27,12 +27,15 @@ type Group struct {
 type Want struct {
 	// Nodes are to be started beside those that are on their way.
 	Nodes map[model.GroupID]int
+	// Taken are the free slots of nodes that are up which jobs and pods will
+	// take: those nodes are not idle for long.
+	Taken map[model.GroupID]int
 	// Jobs counts the queued jobs by the group that they are for, and by system.
 	Jobs map[model.GroupID]map[System]int
-	// Unmatched are the queued jobs that no group may run, at most some of them;
-	// UnmatchedN is how many they are.
-	Unmatched  []Job
-	UnmatchedN int
+	// Unmatched are the queued jobs that no group may run, ten of them at most;
+	// UnmatchedBy is how many they are, by system.
+	Unmatched   []Job
+	UnmatchedBy map[System]int
 }
 
 // mostUnmatched bounds the jobs that are named.
@@ -45,13 +48,17 @@ const mostUnmatched = 10
 // need one whatever is queued: they and the jobs are the same as far as their
 // numbers agree. Room bounds what is started; what does not fit waits.
 func Plan(jobs []Job, groups []Group, choose func(model.CacheKey, []model.GroupID) model.GroupID) Want {
-	w := Want{Nodes: map[model.GroupID]int{}, Jobs: map[model.GroupID]map[System]int{}}
+	w := Want{
+		Nodes: map[model.GroupID]int{}, Taken: map[model.GroupID]int{},
+		Jobs: map[model.GroupID]map[System]int{}, UnmatchedBy: map[System]int{},
+	}
 	groups = slices.Clone(groups)
 	unheld := make(map[model.GroupID]int, len(groups)) // jobs that no waiting runner serves
 	take := func(g *Group) (took bool) {
 		switch {
 		case g.Free > 0:
 			g.Free--
+			w.Taken[g.ID]++
 		case g.Coming > 0:
 			g.Coming--
 		case g.Room > 0:
@@ -72,7 +79,7 @@ func Plan(jobs []Job, groups []Group, choose func(model.CacheKey, []model.GroupI
 	for _, j := range jobs {
 		among := matching(j, groups)
 		if len(among) == 0 {
-			if w.UnmatchedN++; len(w.Unmatched) < mostUnmatched {
+			if w.UnmatchedBy[j.System]++; len(w.Unmatched) < mostUnmatched {
 				w.Unmatched = append(w.Unmatched, j)
 			}
 			continue

@@ -243,6 +243,9 @@ type Pod struct {
 	// Job is the key of the job that the pod's runner has picked up, where that
 	// is known only then and says more than Key; else empty.
 	Job CacheKey
+	// Waiting: it is a runner that is known to have no job yet: a free slot, and
+	// not work.
+	Waiting bool
 	// Placement is what the placement webhook decided for the pod, in words;
 	// empty when it did not see the pod.
 	Placement string
