@@ -94,6 +94,7 @@ type provider struct {
 	server     *server.Server
 	http       *telemetry.HTTP
 	placer     *placer // nil: no placement webhook
+	hearing    *hearing
 }
 
 // newProvider wires the parts. Nothing runs yet, but the ports are taken, so
@@ -178,9 +179,12 @@ func (p *provider) listen() error {
 	}); err != nil {
 		return usageError{fmt.Errorf("server: %w", err)}
 	}
+	if p.hearing, err = p.newHearing(); err != nil {
+		return err
+	}
 	p.http, err = telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
-		API: explain.Handler(p.controller),
+		API: explain.Handler(p.controller), Webhooks: p.hearing.receiver,
 	})
 	if err != nil {
 		return err
@@ -308,6 +312,7 @@ func (p *provider) lead(ctx context.Context) error {
 	group.Go(func() error { return p.controller.Run(ctx) })
 	group.Go(func() error { p.readings.Run(ctx); return nil })
 	p.placer.lead(ctx, group)
+	p.hearing.lead(ctx, group)
 	if p.cfg.Kubernetes.Kubeconfig == "" && os.Getenv("POD_NAME") == "" {
 		p.log.Warn("POD_NAME and POD_NAMESPACE are not set: the leader's pod gets no label for the Services to select")
 	}

@@ -40,6 +40,7 @@ type Config struct {
 	LeaderElection LeaderElection
 	Backend        Backend
 	Engines        Engines
+	CI             CI
 	Placement      *Placement // nil: no placement webhook
 
 	source   []byte
@@ -90,6 +91,29 @@ type Kwok struct {
 	BootDelay   time.Duration // launch to Node object
 	ResumeDelay time.Duration // the same for a parked instance
 }
+
+// CI says how CI systems are heard. A system without a secret is not.
+type CI struct {
+	GitHub    GitHubCI
+	GitLab    GitLabCI
+	Buildkite BuildkiteCI
+}
+
+// GitHubCI is GitHub: its webhooks and, with a token, asking it.
+type GitHubCI struct {
+	WebhookSecretFile string
+	TokenFile         string
+	APIURL            string   // of an Enterprise Server; empty: github.com's
+	Repositories      []string // as owner/name
+	PollInterval      time.Duration
+}
+
+// GitLabCI is GitLab's webhooks. SigningSecretFile is for servers that sign; URL
+// and TokenFile are for asking the server for the tags of pending jobs.
+type GitLabCI struct{ WebhookTokenFile, SigningSecretFile, URL, TokenFile string }
+
+// BuildkiteCI is Buildkite's webhooks.
+type BuildkiteCI struct{ WebhookTokenFile string }
 
 // Engines says how to find and read Dagger engines.
 type Engines struct {
@@ -233,6 +257,7 @@ func Parse(data []byte, name string) (*Config, error) {
 			// server is away for half a minute.
 			LeaseDuration: 60 * time.Second, RenewDeadline: 45 * time.Second, RetryPeriod: 5 * time.Second,
 		},
+		CI:      CI{GitHub: GitHubCI{PollInterval: time.Minute}},
 		Engines: Engines{PodSelector: "app.kubernetes.io/name=dagger-helm", MetricsPort: 9090},
 	}
 	if root := d.document(data); root != nil {
@@ -310,26 +335,36 @@ func restartFields(c *Config) map[string]any {
 		placement = *c.Placement
 	}
 	return map[string]any{
-		"placement.address":            placement.Address,
-		"placement.tls.certFile":       placement.CertFile,
-		"placement.tls.keyFile":        placement.KeyFile,
-		"server.address":               c.Server.Address,
-		"server.expanderAddress":       c.Server.ExpanderAddress,
-		"server.tls.certFile":          c.Server.TLS.CertFile,
-		"server.tls.keyFile":           c.Server.TLS.KeyFile,
-		"server.tls.clientCAFile":      c.Server.TLS.ClientCAFile,
-		"http.address":                 c.HTTP.Address,
-		"kubernetes.kubeconfig":        c.Kubernetes.Kubeconfig,
-		"leaderElection.enabled":       c.LeaderElection.Enabled,
-		"leaderElection.namespace":     c.LeaderElection.Namespace,
-		"leaderElection.leaseDuration": c.LeaderElection.LeaseDuration,
-		"leaderElection.renewDeadline": c.LeaderElection.RenewDeadline,
-		"leaderElection.retryPeriod":   c.LeaderElection.RetryPeriod,
-		"backend.kwok.bootDelay":       c.Backend.Kwok.BootDelay,
-		"backend.kwok.resumeDelay":     c.Backend.Kwok.ResumeDelay,
-		"engines.podSelector":          c.Engines.PodSelector,
-		"engines.namespaces":           strings.Join(c.Engines.Namespaces, ", "),
-		"engines.metricsPort":          c.Engines.MetricsPort,
+		"placement.address":             placement.Address,
+		"placement.tls.certFile":        placement.CertFile,
+		"placement.tls.keyFile":         placement.KeyFile,
+		"server.address":                c.Server.Address,
+		"server.expanderAddress":        c.Server.ExpanderAddress,
+		"server.tls.certFile":           c.Server.TLS.CertFile,
+		"server.tls.keyFile":            c.Server.TLS.KeyFile,
+		"server.tls.clientCAFile":       c.Server.TLS.ClientCAFile,
+		"http.address":                  c.HTTP.Address,
+		"kubernetes.kubeconfig":         c.Kubernetes.Kubeconfig,
+		"leaderElection.enabled":        c.LeaderElection.Enabled,
+		"leaderElection.namespace":      c.LeaderElection.Namespace,
+		"leaderElection.leaseDuration":  c.LeaderElection.LeaseDuration,
+		"leaderElection.renewDeadline":  c.LeaderElection.RenewDeadline,
+		"leaderElection.retryPeriod":    c.LeaderElection.RetryPeriod,
+		"backend.kwok.bootDelay":        c.Backend.Kwok.BootDelay,
+		"backend.kwok.resumeDelay":      c.Backend.Kwok.ResumeDelay,
+		"engines.podSelector":           c.Engines.PodSelector,
+		"engines.namespaces":            strings.Join(c.Engines.Namespaces, ", "),
+		"engines.metricsPort":           c.Engines.MetricsPort,
+		"ci.github.webhookSecretFile":   c.CI.GitHub.WebhookSecretFile,
+		"ci.github.tokenFile":           c.CI.GitHub.TokenFile,
+		"ci.github.apiURL":              c.CI.GitHub.APIURL,
+		"ci.github.repositories":        strings.Join(c.CI.GitHub.Repositories, ", "),
+		"ci.github.pollInterval":        c.CI.GitHub.PollInterval,
+		"ci.gitlab.webhookTokenFile":    c.CI.GitLab.WebhookTokenFile,
+		"ci.gitlab.url":                 c.CI.GitLab.URL,
+		"ci.gitlab.tokenFile":           c.CI.GitLab.TokenFile,
+		"ci.gitlab.signingSecretFile":   c.CI.GitLab.SigningSecretFile,
+		"ci.buildkite.webhookTokenFile": c.CI.Buildkite.WebhookTokenFile,
 	}
 }
 

@@ -318,15 +318,3 @@ func brief(d time.Duration) string {
 	}
 	return s
 }
-
-// ignored reads a text that has no effect yet and says so.
-func ignored(why string) reader {
-	var value string
-	take := anyText(&value)
-	return func(d *decoder, at string, n *yaml.Node) {
-		take(d, at, n)
-		if value != "" {
-			d.warn(at, why)
-		}
-	}
-}

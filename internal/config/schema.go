@@ -5,6 +5,7 @@ import (
 	"maps"
 	"math"
 	"net"
+	"net/url"
 	"regexp"
 	"slices"
 	"strconv"
@@ -50,7 +51,7 @@ func (d *decoder) root(c *Config, n *yaml.Node) {
 		"nodeGroups":     list(MaxGroups, func() reader { return group(&c.groups) }),
 		"engines":        engines(&c.Engines),
 		"placement":      placement(&c.Placement),
-		"ci":             ci(),
+		"ci":             ci(&c.CI),
 	}, required{"apiVersion": strconv.Quote(APIVersion), "kind": strconv.Quote(Kind), "backend": wantBackend})(d, "", n)
 	d.uniqueAddresses(c)
 	d.uniqueGroups(c.groups)
@@ -213,14 +214,55 @@ func placement(into **Placement) reader {
 	}
 }
 
-func ci() reader {
-	const why = "has no effect: CI webhooks are not available in this version"
+func ci(c *CI) reader {
+	g := &c.GitHub
+	github := object(fields{
+		"webhookSecretFile": anyText(&g.WebhookSecretFile),
+		"tokenFile":         anyText(&g.TokenFile),
+		"apiURL":            webAddress(&g.APIURL, "https://github.example.com/api/v3"),
+		"repositories": list(1000, func() reader {
+			g.Repositories = append(g.Repositories, "")
+			return text(&g.Repositories[len(g.Repositories)-1], "a repository such as acme/shop", func(s string) bool {
+				return repository.MatchString(s)
+			})
+		}),
+		"pollInterval": span(&g.PollInterval, 10*time.Second),
+	}, nil)
 	return object(fields{
-		"github":    object(fields{"webhookSecretFile": ignored(why)}, nil),
-		"gitlab":    object(fields{"webhookTokenFile": ignored(why)}, nil),
-		"buildkite": object(fields{"webhookTokenFile": ignored(why)}, nil),
+		"github": func(d *decoder, at string, n *yaml.Node) {
+			github(d, at, n)
+			if (len(g.Repositories) > 0) != (g.TokenFile != "") {
+				d.problem(at, "want both of tokenFile, repositories or none of them")
+			}
+		},
+		"gitlab": func(d *decoder, at string, n *yaml.Node) {
+			object(fields{
+				"webhookTokenFile":  anyText(&c.GitLab.WebhookTokenFile),
+				"signingSecretFile": anyText(&c.GitLab.SigningSecretFile),
+				"url":               webAddress(&c.GitLab.URL, "https://gitlab.example.com"),
+				"tokenFile":         anyText(&c.GitLab.TokenFile),
+			}, nil)(d, at, n)
+			if (c.GitLab.URL == "") != (c.GitLab.TokenFile == "") {
+				d.problem(at, "want both of url, tokenFile or none of them")
+			}
+			if c.GitLab.SigningSecretFile != "" && c.GitLab.WebhookTokenFile == "" {
+				d.problem(at, "signingSecretFile wants webhookTokenFile too")
+			}
+		},
+		"buildkite": object(fields{"webhookTokenFile": anyText(&c.Buildkite.WebhookTokenFile)}, nil),
 	}, nil)
 }
+
+// webAddress reads a URL, or nothing.
+func webAddress(into *string, example string) reader {
+	return text(into, "an address such as "+example, func(s string) bool {
+		u, err := url.Parse(s)
+		return s == "" || err == nil && (u.Scheme == "https" || u.Scheme == "http") && u.Host != ""
+	})
+}
+
+// repository is what GitHub takes for an owner and a name.
+var repository = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9-]{0,38}/[A-Za-z0-9._-]{1,100}$`)
 
 // group reads one node group and appends it.
 func group(groups *[]model.NodeGroup) reader {

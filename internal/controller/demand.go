@@ -87,16 +87,18 @@ func (o *owner) meetDemand(now time.Time) {
 	want := demand.Plan(jobs, groups, o.bestGroup)
 	o.demand.taken = want.Taken
 	o.demand.keys = map[model.GroupID]map[scoring.Key]int{}
+	known := o.keysUnder(jobs)
 	for _, j := range jobs {
-		if j.Key == "" {
-			continue
-		}
 		for _, g := range groups {
-			if demand.Matches(j, g.Labels) {
-				if o.demand.keys[g.ID] == nil {
-					o.demand.keys[g.ID] = map[scoring.Key]int{}
-				}
-				o.demand.keys[g.ID][scoring.KeyOf(j.Key)]++
+			if j.Key == "" || !demand.Matches(j, g.Labels) {
+				continue
+			}
+			if o.demand.keys[g.ID] == nil {
+				o.demand.keys[g.ID] = map[scoring.Key]int{}
+			}
+			o.demand.keys[g.ID][scoring.KeyOf(j.Key)]++
+			for _, key := range known[j.Key] {
+				o.demand.keys[g.ID][key]++
 			}
 		}
 	}
@@ -105,6 +107,32 @@ func (o *owner) meetDemand(now time.Time) {
 		g := o.fleet[id]
 		o.prescale(g, nodegroups.Prescale{Want: g.Coming() + want.Nodes[id], Reason: "queued-jobs", Prefer: o.preferred(g, now)}, now)
 	}
+}
+
+// keysUnder returns, for every key of jobs, those of its pipelines that nodes
+// know: GitHub's events tell a job's repository, and not its workflow.
+func (o *owner) keysUnder(jobs []demand.Job) map[model.CacheKey][]scoring.Key {
+	under := map[model.CacheKey][]scoring.Key{}
+	for _, j := range jobs {
+		under[j.Key] = nil
+	}
+	if len(under) == 0 {
+		return under
+	}
+	for key := range o.history.holders {
+		name := string(key.Value())
+		for at, r := range name {
+			if r != '/' {
+				continue
+			}
+			if above := model.CacheKey(name[:at]); at > 0 {
+				if _, asked := under[above]; asked {
+					under[above] = append(under[above], key)
+				}
+			}
+		}
+	}
+	return under
 }
 
 // supply is what the groups have for jobs, and how many pods that ask for them

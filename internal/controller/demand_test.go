@@ -15,7 +15,7 @@ func (l *lab) queue(state demand.State, n int) {
 	for i := range n {
 		j := demand.Job{
 			ID: demand.JobID(fmt.Sprint("github/acme/shop/", i)), System: demand.GitHub, Scope: "acme/shop", Labels: []string{"self-hosted", "linux"},
-			Key: "github/acme/shop/ci.yml", State: state, At: time.Now(), QueuedAt: time.Now(),
+			Key: "github/acme/shop", State: state, At: time.Now(), QueuedAt: time.Now(),
 		}
 		if !l.world.JobObserved(j) {
 			l.t.Fatalf("job %d was not taken", i)

@@ -17,7 +17,7 @@ import (
 // stopWithin is how long requests may take after the server was told to stop.
 const stopWithin = 5 * time.Second
 
-// HTTPConfig is what an HTTP server needs. All fields but API are required.
+// HTTPConfig is what an HTTP server needs. All fields but API and Webhooks are required.
 type HTTPConfig struct {
 	// Listener is where it serves; Run closes it.
 	Listener net.Listener
@@ -26,11 +26,11 @@ type HTTPConfig struct {
 	// must not block.
 	Ready  func() error
 	Logger *slog.Logger
-	// API serves what is below /api/.
-	API http.Handler
+	// API serves what is below /api/, Webhooks what is below /webhooks/.
+	API, Webhooks http.Handler
 }
 
-// HTTP serves /metrics, /healthz (the process runs), /readyz and /api/.
+// HTTP serves /metrics, /healthz (the process runs), /readyz, /api/ and /webhooks/.
 type HTTP struct {
 	listener net.Listener
 	server   *http.Server
@@ -61,6 +61,9 @@ func NewHTTP(c HTTPConfig) (*HTTP, error) {
 	})
 	if c.API != nil {
 		mux.Handle("/api/", c.API)
+	}
+	if c.Webhooks != nil {
+		mux.Handle("/webhooks/", c.Webhooks)
 	}
 	return &HTTP{listener: c.Listener, server: &http.Server{
 		Handler:           mux,

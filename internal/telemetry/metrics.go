@@ -21,6 +21,8 @@ type Metrics struct {
 	// JobsPending are queued or, source "pod", waiting for a node; those that no
 	// group may run have no nodegroup.
 	JobsPending *prometheus.GaugeVec // nodegroup, source
+	// WebhookRequests counts messages of CI systems.
+	WebhookRequests *prometheus.CounterVec // source, result
 
 	EngineCacheBytes *prometheus.GaugeVec // nodegroup
 	EngineClients    *prometheus.GaugeVec // nodegroup
@@ -62,6 +64,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		HiddenNodes: gauges("hearth_nodegroup_hidden_nodes", "Nodes launched ahead of demand that cluster-autoscaler is not told of yet.", "nodegroup"),
 
 		Jobs: counters("hearth_jobs_total", "CI jobs that started, by whether their node's cache was warm or cold for them.", "nodegroup", "temperature"),
+		WebhookRequests: counters("hearth_webhook_requests_total", "Messages of CI systems: accepted, duplicate, ignored (about something else), stale (too old), unauthorized, malformed, too-large, busy (answered 429), not-leading.", "source", "result"),
 		JobsPending: gauges("hearth_jobs_pending", "CI jobs that are queued, by the CI system that said so, and runner pods without a node (source pod). Jobs that no node group may run have an empty nodegroup.", "nodegroup", "source"),
 		JobWait: histograms("hearth_job_wait_seconds", "Time from a CI job's pod being created to its start.",
 			[]float64{1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800}, "nodegroup"),

@@ -3,6 +3,7 @@ package demand
 import (
 	"cmp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/hearth-ci/hearth/pkg/model"
@@ -60,7 +61,9 @@ func (b *Book) Observe(j Job, now time.Time) (changed bool) {
 		e.State, e.At = j.State, j.At
 	}
 	e.Runner = cmp.Or(j.Runner, e.Runner)
-	e.Key = cmp.Or(e.Key, j.Key)
+	if len(j.Key) > len(e.Key) { // a listing knows the workflow, an event only the repository
+		e.Key = j.Key
+	}
 	if len(e.Labels) == 0 {
 		e.Labels = j.Labels
 	}
@@ -113,7 +116,7 @@ func (b *Book) PickedUp(runner string, key model.CacheKey, now time.Time) (chang
 		if e.Runner == runner {
 			return false
 		}
-		if e.State == Queued && e.Key == key && (oldest == nil || older(e.Job, oldest.Job) < 0) {
+		if e.State == Queued && under(key, e.Key) && (oldest == nil || older(e.Job, oldest.Job) < 0) {
 			oldest = e
 		}
 	}
@@ -123,6 +126,12 @@ func (b *Book) PickedUp(runner string, key model.CacheKey, now time.Time) (chang
 	oldest.State, oldest.Runner, oldest.heard = Running, runner, now
 	b.guesses[runner] = oldest.ID
 	return true
+}
+
+// under says whether a pipeline's key is what a job's says, or begins with it.
+func under(key, job model.CacheKey) bool {
+	rest, ok := strings.CutPrefix(string(key), string(job))
+	return ok && job != "" && (rest == "" || rest[0] == '/')
 }
 
 // Queued returns the jobs that wait, those that have waited longest first. It

@@ -42,7 +42,8 @@ type Job struct {
 	// "owner/name", GitLab's project path, Buildkite's organisation.
 	Scope string
 	// Key is the cache key of its pipeline, in the form in which the key of
-	// the runner's pod is known; empty when the system does not tell.
+	// the runner's pod is known, or what that begins with before a slash, as
+	// far as the system tells; empty when it does not.
 	Key model.CacheKey
 	// Labels are the runner labels or tags that the job demands, as written.
 	Labels []string
