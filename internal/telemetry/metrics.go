@@ -63,9 +63,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		TargetSize:  gauges("hearth_nodegroup_target_size", "Target size of the node group as told to cluster-autoscaler.", "nodegroup"),
 		HiddenNodes: gauges("hearth_nodegroup_hidden_nodes", "Nodes launched ahead of demand that cluster-autoscaler is not told of yet.", "nodegroup"),
 
-		Jobs: counters("hearth_jobs_total", "CI jobs that started, by whether their node's cache was warm or cold for them.", "nodegroup", "temperature"),
+		Jobs:            counters("hearth_jobs_total", "CI jobs that started, by whether their node's cache was warm or cold for them.", "nodegroup", "temperature"),
 		WebhookRequests: counters("hearth_webhook_requests_total", "Messages of CI systems: accepted, duplicate, ignored (about something else), stale (too old), unauthorized, malformed, too-large, busy (answered 429), not-leading.", "source", "result"),
-		JobsPending: gauges("hearth_jobs_pending", "CI jobs that are queued, by the CI system that said so, and runner pods without a node (source pod). Jobs that no node group may run have an empty nodegroup.", "nodegroup", "source"),
+		JobsPending:     gauges("hearth_jobs_pending", "CI jobs that are queued, by the CI system that said so, and runner pods without a node (source pod). Jobs that no node group may run have an empty nodegroup.", "nodegroup", "source"),
 		JobWait: histograms("hearth_job_wait_seconds", "Time from a CI job's pod being created to its start.",
 			[]float64{1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800}, "nodegroup"),
 
