@@ -17,6 +17,9 @@ const (
 	// gather is how long messages about jobs are gathered before nodes are
 	// started for them: a workflow queues many jobs at once.
 	gather = 25 * time.Millisecond
+	// saidWithin is how long after its start it is waited for a message that says
+	// which job a runner has taken.
+	saidWithin = 30 * time.Second
 	// podsFor is how long a pod without a node is a reason to start one. Later
 	// it is one that cluster-autoscaler cannot help either.
 	podsFor = 10 * time.Minute
@@ -36,6 +39,9 @@ type wanted struct {
 	// unmatched are the labels of jobs that no group may run and that people
 	// were told of.
 	unmatched map[string]bool
+	// unsaid are the runner pods, by UID, that run and of which no message said
+	// what they do, with when it is guessed; zero when it was.
+	unsaid    map[string]time.Time
 	forgotten int // of book.Forgotten, told
 	refused   int
 }
@@ -45,7 +51,7 @@ func newWanted() wanted {
 	timer.Stop()
 	return wanted{
 		book: demand.NewBook(), timer: timer,
-		taken: map[model.GroupID]int{}, keys: map[model.GroupID]map[scoring.Key]int{}, unmatched: map[string]bool{},
+		taken: map[model.GroupID]int{}, keys: map[model.GroupID]map[scoring.Key]int{}, unmatched: map[string]bool{}, unsaid: map[string]time.Time{},
 	}
 }
 
@@ -65,6 +71,11 @@ func (o *owner) hear(jobs []demand.Job, listings []demand.Listing) {
 
 // seeDemand takes in what a runner pod says of jobs.
 func (o *owner) seeDemand(before, p model.Pod, gone bool, now time.Time) {
+	if gone || !p.Finished.IsZero() {
+		delete(o.demand.unsaid, p.UID)
+	} else if _, known := o.demand.unsaid[p.UID]; !known && p.Node != "" && !p.Waiting {
+		o.demand.unsaid[p.UID] = now.Add(saidWithin)
+	}
 	switch {
 	case gone:
 	case p.Job != "" && before.Job != p.Job:
@@ -82,6 +93,7 @@ func (o *owner) meetDemand(now time.Time) {
 	if !o.started {
 		return
 	}
+	o.guess(now)
 	jobs := o.demand.book.Queued(now)
 	groups, pods := o.supply(now)
 	want := demand.Plan(jobs, groups, o.bestGroup)
@@ -107,6 +119,35 @@ func (o *owner) meetDemand(now time.Time) {
 		g := o.fleet[id]
 		o.prescale(g, nodegroups.Prescale{Want: g.Coming() + want.Nodes[id], Reason: "queued-jobs", Prefer: o.preferred(g, now)}, now)
 	}
+}
+
+// guess takes it that runner pods which have been up for a while, and of which no
+// message said what they do, have taken the jobs that have waited longest: what
+// runs is certain, and messages are lost.
+func (o *owner) guess(now time.Time) {
+	for uid, at := range o.demand.unsaid {
+		if at.IsZero() || now.Before(at) {
+			continue
+		}
+		o.demand.unsaid[uid] = time.Time{}
+		p := o.history.pods[uid].Pod
+		if g := o.fleet[o.groupOf[o.names[p.Node]]]; g != nil && p.Job == "" {
+			o.demand.book.Took(p.Name, g.Settings().RunnerLabels, p.Created, now)
+		}
+	}
+}
+
+// serving counts the runner pods of each group of which no message has said yet
+// what they do: each will have one of the queued jobs.
+func (o *owner) serving() map[model.GroupID]int {
+	n := map[model.GroupID]int{}
+	for uid, at := range o.demand.unsaid {
+		p := o.history.pods[uid].Pod
+		if !at.IsZero() && p.Job == "" && !o.demand.book.Runs(p.Name) {
+			n[o.groupOf[o.names[p.Node]]]++
+		}
+	}
+	return n
 }
 
 // keysUnder returns, for every key of jobs, those of its pipelines that nodes
@@ -147,13 +188,14 @@ func (o *owner) supply(now time.Time) (groups []demand.Group, pods map[model.Gro
 			}
 		}
 	}
+	serving := o.serving()
 	for _, id := range slices.Sorted(maps.Keys(o.fleet)) {
 		g := o.fleet[id]
 		s := g.Settings()
 		if !s.Runner() || !g.Synced() {
 			continue
 		}
-		d := demand.Group{ID: id, Labels: s.RunnerLabels, Slots: s.JobsPerNode, Pods: recent[id]}
+		d := demand.Group{ID: id, Labels: s.RunnerLabels, Slots: s.JobsPerNode, Pods: recent[id], Held: serving[id]}
 		if record := g.Record(); s.Prescale {
 			d.Room = max(min(g.Spec().Max-record.Target-record.Hidden, s.PrescaleMax-record.Hidden), 0)
 		}

@@ -26,6 +26,7 @@ const (
 type Book struct {
 	jobs    map[JobID]*entry
 	guesses map[string]JobID // by runner
+	runners map[string]int   // how many jobs name a runner
 	// Forgotten counts the queued jobs of which nothing was heard for QueuedFor,
 	// Refused the messages about new jobs when MaxJobs were remembered.
 	Forgotten, Refused int
@@ -38,7 +39,7 @@ type entry struct {
 }
 
 // NewBook returns a Book that knows no jobs.
-func NewBook() *Book { return &Book{jobs: map[JobID]*entry{}, guesses: map[string]JobID{}} }
+func NewBook() *Book { return &Book{jobs: map[JobID]*entry{}, guesses: map[string]JobID{}, runners: map[string]int{}} }
 
 // Observe takes a message. It returns whether anything is another way now.
 func (b *Book) Observe(j Job, now time.Time) (changed bool) {
@@ -51,7 +52,12 @@ func (b *Book) Observe(j Job, now time.Time) (changed bool) {
 		if j.QueuedAt.IsZero() || j.QueuedAt.After(now) {
 			j.QueuedAt = now // a clock that is ahead does not make a job younger
 		}
-		b.jobs[j.ID] = &entry{Job: j, heard: now}
+		runner := j.Runner
+		j.Runner = ""
+		e = &entry{Job: j, heard: now}
+		b.jobs[j.ID] = e
+		j.Runner = runner
+		b.name(e, runner)
 		b.settle(j)
 		return true
 	}
@@ -60,7 +66,7 @@ func (b *Book) Observe(j Job, now time.Time) (changed bool) {
 	if j.State > e.State {
 		e.State, e.At = j.State, j.At
 	}
-	e.Runner = cmp.Or(j.Runner, e.Runner)
+	b.name(e, cmp.Or(j.Runner, e.Runner))
 	if len(j.Key) > len(e.Key) { // a listing knows the workflow, an event only the repository
 		e.Key = j.Key
 	}
@@ -83,7 +89,8 @@ func (b *Book) settle(j Job) {
 	}
 	delete(b.guesses, j.Runner)
 	if e := b.jobs[id]; e != nil && id != j.ID && e.Runner == j.Runner && e.State == Running {
-		e.State, e.Runner = Queued, ""
+		e.State = Queued
+		b.name(e, "")
 	}
 }
 
@@ -94,7 +101,8 @@ func (b *Book) Reconcile(l Listing, now time.Time) (changed bool) {
 		listed[j.ID] = true
 		if e := b.jobs[j.ID]; e != nil && j.State == Queued && b.guesses[e.Runner] == j.ID {
 			delete(b.guesses, e.Runner)
-			e.State, e.Runner = Queued, ""
+			e.State = Queued
+		b.name(e, "")
 			changed = true
 		}
 		changed = b.Observe(j, now) || changed
@@ -111,21 +119,56 @@ func (b *Book) Reconcile(l Listing, now time.Time) (changed bool) {
 // PickedUp takes in that a runner was seen to have picked up a job of a key: the
 // one of that key that has waited longest, unless a message said which.
 func (b *Book) PickedUp(runner string, key model.CacheKey, now time.Time) (changed bool) {
+	return b.took(runner, now, func(j Job) bool { return under(key, j.Key) })
+}
+
+// Took takes in that a runner with these labels has been up since a time, and
+// that nothing said what it does: the one that has waited longest of the jobs
+// that it may run and that were queued before.
+func (b *Book) Took(runner string, labels []string, since, now time.Time) (changed bool) {
+	return b.took(runner, now, func(j Job) bool { return !j.QueuedAt.After(since) && Matches(j, labels) })
+}
+
+func (b *Book) took(runner string, now time.Time, may func(Job) bool) bool {
+	if b.Runs(runner) {
+		return false
+	}
 	var oldest *entry
 	for _, e := range b.jobs {
-		if e.Runner == runner {
-			return false
-		}
-		if e.State == Queued && under(key, e.Key) && (oldest == nil || older(e.Job, oldest.Job) < 0) {
+		if e.State == Queued && may(e.Job) && (oldest == nil || older(e.Job, oldest.Job) < 0) {
 			oldest = e
 		}
 	}
 	if oldest == nil {
 		return false
 	}
-	oldest.State, oldest.Runner, oldest.heard = Running, runner, now
+	oldest.State, oldest.heard = Running, now
+	b.name(oldest, runner)
 	b.guesses[runner] = oldest.ID
 	return true
+}
+
+// Runs says whether a job is known that the runner has taken.
+func (b *Book) Runs(runner string) bool { return b.runners[runner] > 0 }
+
+// name says which runner a job is on, none for an empty name.
+func (b *Book) name(e *entry, runner string) {
+	if e.Runner == runner {
+		return
+	}
+	if e.Runner != "" {
+		if b.runners[e.Runner]--; b.runners[e.Runner] == 0 {
+			delete(b.runners, e.Runner)
+		}
+	}
+	if e.Runner = runner; runner != "" {
+		b.runners[runner]++
+	}
+}
+
+func (b *Book) drop(id JobID, e *entry) {
+	b.name(e, "")
+	delete(b.jobs, id)
 }
 
 // under says whether a pipeline's key is what a job's says, or begins with it.
@@ -159,10 +202,10 @@ func (b *Book) sweep(now time.Time) {
 		switch age := now.Sub(e.heard); {
 		case e.State == Queued && age >= QueuedFor:
 			b.Forgotten++
-			delete(b.jobs, id)
+			b.drop(id, e)
 		case e.State != Queued && age >= endedFor:
 			delete(b.guesses, e.Runner)
-			delete(b.jobs, id)
+			b.drop(id, e)
 		}
 	}
 }

@@ -137,6 +137,25 @@ func TestPickedUp(t *testing.T) {
 	b.wants(t, at(11), "3")
 }
 
+// A runner that is up and of which nobody says what it does has one of the jobs
+// that it may run, unless there is none from before it.
+func TestTook(t *testing.T) {
+	b := NewBook()
+	b.Observe(func() Job { j := message("1", Queued, 1); j.QueuedAt = at(1); return j }(), at(1))
+	b.Observe(func() Job { j := message("2", Queued, 9); j.QueuedAt = at(9); return j }(), at(9))
+	if b.Took("r", []string{"windows"}, at(20), at(20)) || b.Took("r", []string{"linux"}, at(0), at(20)) {
+		t.Error("a job that it cannot run, or that came after it")
+	}
+	if !b.Took("r", []string{"linux"}, at(5), at(20)) || b.Took("r", []string{"linux"}, at(20), at(20)) || !b.Runs("r") || b.Runs("s") {
+		t.Error("not taken, or twice")
+	}
+	b.wants(t, at(20), "2")
+	b.Queued(at(20 + 3700))
+	if b.Runs("r") || len(b.runners)+len(b.guesses)+len(b.jobs) > 0 {
+		t.Errorf("remembered are %v, %v, %v", b.runners, b.guesses, b.jobs)
+	}
+}
+
 // Whatever becomes of the messages about jobs, one listing ends in the truth; and
 // without any loss the messages alone do, in any order.
 func TestAnyOrder(t *testing.T) {
