@@ -1,0 +1,422 @@
+package aws
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	awssdk "github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/autoscaling"
+	astypes "github.com/aws/aws-sdk-go-v2/service/autoscaling/types"
+	"github.com/aws/aws-sdk-go-v2/service/ec2"
+	ec2types "github.com/aws/aws-sdk-go-v2/service/ec2/types"
+	smithyhttp "github.com/aws/smithy-go/transport/http"
+
+	"github.com/hearth-ci/hearth/pkg/model"
+)
+
+// Most instances that a call takes (API references of EnterStandby and
+// ExitStandby, SetInstanceProtection, TerminateInstanceInAutoScalingGroup).
+const (
+	mostStandby   = 20
+	mostProtect   = 50
+	mostTerminate = 100
+	mostEC2       = 100
+)
+
+// reading is one look at a group that an act rests on. It does not change.
+type reading struct {
+	name     string
+	min, max int
+	desired  int
+	members  []member
+}
+
+type member struct {
+	id        string
+	lifecycle astypes.LifecycleState
+	protected bool
+	ended     bool // by us
+	machine   machine
+}
+
+// parkedRunning counts the instances that a snapshot's desired number has
+// beyond the group's.
+func (r reading) parkedRunning() (n int) {
+	for _, m := range r.members {
+		if state, ok := ec2State(m.machine.state); standby(m.lifecycle) && ok && running(state) && m.machine.marker != resuming && !m.ended {
+			n++
+		}
+	}
+	return n
+}
+
+func (r reading) counted() (n int) {
+	for _, m := range r.members {
+		if counted(m.lifecycle) {
+			n++
+		}
+	}
+	return n
+}
+
+// pick returns the members among ids for which the condition holds.
+func (r reading) pick(ids []model.InstanceID, holds func(member) bool) (out []string) {
+	for _, m := range r.members {
+		if holds(m) && slices.ContainsFunc(ids, func(id model.InstanceID) bool { return instanceID(id) == m.id }) {
+			out = append(out, m.id)
+		}
+	}
+	return out
+}
+
+// begin reads the group that is to be changed, unless it has just been.
+func (b *Backend) begin(ctx context.Context, id model.GroupID, doing string) (reading, error) {
+	if b.cfg.DryRun {
+		b.cfg.Logger.Info("dry run: would be "+doing, "nodegroup", id)
+		return reading{}, ErrDryRun
+	}
+	now := b.cfg.Now()
+	b.mu.Lock()
+	g := b.groups[id]
+	usable := g != nil && now.Sub(g.readAt) < fresh && g.readAt.After(g.actedAt)
+	held := g != nil && now.Before(g.hold)
+	b.mu.Unlock()
+	if held {
+		return reading{}, errors.New("the outcome of an earlier call is not known yet")
+	}
+	if !usable {
+		read, err := b.listNamed(ctx, []string{string(id)})
+		if err != nil {
+			return reading{}, err
+		}
+		if len(read) == 0 {
+			return reading{}, errors.New("there is no such Auto Scaling group")
+		}
+		b.take(read, false, now, nil)
+		b.mu.Lock()
+		ask := b.groups[id].unclear()
+		b.mu.Unlock()
+		machines, err := b.describe(ctx, ask)
+		if err != nil {
+			return reading{}, err
+		}
+		b.mu.Lock()
+		b.groups[id].know(ask, machines)
+		b.mu.Unlock()
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if g = b.groups[id]; g == nil {
+		return reading{}, errors.New("there is no such Auto Scaling group")
+	}
+	r := reading{
+		name: string(id), min: int(awssdk.ToInt32(g.asg.MinSize)), max: int(awssdk.ToInt32(g.asg.MaxSize)),
+		desired: int(awssdk.ToInt32(g.asg.DesiredCapacity)),
+	}
+	for _, i := range g.asg.Instances {
+		m := member{id: awssdk.ToString(i.InstanceId), lifecycle: i.LifecycleState, protected: awssdk.ToBool(i.ProtectedFromScaleIn)}
+		_, m.ended = g.ended[m.id]
+		m.machine = g.instances[m.id]
+		r.members = append(r.members, m)
+	}
+	return r, nil
+}
+
+// acted notes that a group was changed, or may have been.
+func (b *Backend) acted(id string, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	g := b.groups[model.GroupID(id)]
+	if g == nil {
+		return
+	}
+	g.actedAt = b.cfg.Now()
+	if err != nil && !rejected(err) {
+		g.hold = g.actedAt.Add(settle)
+	}
+}
+
+// rejected says whether a call is known not to have taken effect.
+func rejected(err error) bool {
+	response, ok := errors.AsType[*smithyhttp.ResponseError](err)
+	return ok && response.HTTPStatusCode()/100 == 4
+}
+
+// Resize sets the desired capacity. It raises it once for however many calls,
+// and lowers it never below what exists or is being launched.
+func (b *Backend) Resize(ctx context.Context, id model.GroupID, desired int) error {
+	if err := b.resize(ctx, id, desired); err != nil {
+		return fmt.Errorf("resizing node group %q to %d: %w", id, desired, err)
+	}
+	return nil
+}
+
+func (b *Backend) resize(ctx context.Context, id model.GroupID, desired int) error {
+	r, err := b.begin(ctx, id, fmt.Sprintf("resized to %d", desired))
+	if err != nil {
+		return err
+	}
+	want := desired - r.parkedRunning()
+	var refused error
+	if want > r.max {
+		refused = fmt.Errorf("the group's maximum is %d", r.max)
+		want = r.max
+	}
+	if want < r.desired {
+		coming, err := b.launching(ctx, r)
+		if err != nil {
+			return err
+		}
+		want = max(want, r.counted()+coming, r.min)
+		if want >= r.desired {
+			return refused
+		}
+		// Should one be born between our read and the write, the group must
+		// not take one that works.
+		if b.cfg.Protect(id) {
+			if err := b.protect(ctx, r); err != nil {
+				return err
+			}
+		}
+	}
+	if want == r.desired {
+		return refused
+	}
+	_, err = b.cfg.AutoScaling.SetDesiredCapacity(ctx, &autoscaling.SetDesiredCapacityInput{
+		AutoScalingGroupName: &r.name, DesiredCapacity: awssdk.Int32(int32(want)), HonorCooldown: awssdk.Bool(false), //nolint:gosec // at most the group's maximum
+	}, once)
+	b.acted(r.name, err)
+	return errors.Join(err, refused)
+}
+
+// protect protects the group's instances from scale in.
+func (b *Backend) protect(ctx context.Context, r reading) error {
+	var ids []string
+	for _, m := range r.members {
+		if m.lifecycle == astypes.LifecycleStateInService && !m.protected && !m.ended {
+			ids = append(ids, m.id)
+		}
+	}
+	for part := range slices.Chunk(ids, mostProtect) {
+		_, err := b.cfg.AutoScaling.SetInstanceProtection(ctx, &autoscaling.SetInstanceProtectionInput{
+			AutoScalingGroupName: &r.name, InstanceIds: part, ProtectedFromScaleIn: awssdk.Bool(true),
+		})
+		if err != nil {
+			return fmt.Errorf("protecting instances: %w", err)
+		}
+	}
+	return nil
+}
+
+// Terminate ends instances for good.
+func (b *Backend) Terminate(ctx context.Context, id model.GroupID, ids []model.InstanceID) error {
+	r, err := b.begin(ctx, id, fmt.Sprintf("rid of %d instances", len(ids)))
+	if err == nil {
+		err = b.terminate(ctx, r, ids)
+	}
+	if err != nil {
+		return fmt.Errorf("terminating instances of node group %q: %w", id, err)
+	}
+	return nil
+}
+
+func (b *Backend) terminate(ctx context.Context, r reading, ids []model.InstanceID) error {
+	living := r.pick(ids, func(m member) bool { return counted(m.lifecycle) && !m.ended })
+	// The capacity was lowered when these entered standby.
+	parked := r.pick(ids, func(m member) bool { return standby(m.lifecycle) && !m.ended })
+	lower, stay := living, parked
+	if room := max(r.desired-r.min, 0); len(lower) > room {
+		// At its minimum the group replaces what goes.
+		lower, stay = living[:room], append(slices.Clone(parked), living[room:]...)
+	}
+	for _, job := range []struct {
+		ids       []string
+		decrement bool
+	}{{lower, true}, {stay, false}} {
+		for part := range slices.Chunk(job.ids, mostTerminate) {
+			if err := b.terminatePart(ctx, r, part, job.decrement); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// terminatePart ends instances in one call. When the call is refused because
+// of one of them, each gets its own.
+func (b *Backend) terminatePart(ctx context.Context, r reading, ids []string, decrement bool) error {
+	in := &autoscaling.TerminateInstanceInAutoScalingGroupInput{ShouldDecrementDesiredCapacity: &decrement}
+	if len(ids) == 1 {
+		in.InstanceId = &ids[0]
+	} else {
+		in.AutoScalingGroupName, in.InstanceIds = &r.name, ids
+	}
+	_, err := b.cfg.AutoScaling.TerminateInstanceInAutoScalingGroup(ctx, in, once)
+	b.acted(r.name, err)
+	switch {
+	case err == nil:
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if g := b.groups[model.GroupID(r.name)]; g != nil {
+			for _, id := range ids {
+				g.ended[id] = b.cfg.Now()
+			}
+		}
+		return nil
+	case len(ids) > 1 && isCode(err, "ValidationError"):
+		var failed []error
+		for _, id := range ids {
+			failed = append(failed, b.terminatePart(ctx, r, []string{id}, decrement))
+		}
+		return errors.Join(failed...)
+	}
+	return err
+}
+
+// Stop parks instances. One that cannot be stopped is terminated. Those that
+// are not in standby yet are stopped when Stop is called again.
+func (b *Backend) Stop(ctx context.Context, id model.GroupID, ids []model.InstanceID) error {
+	r, err := b.begin(ctx, id, fmt.Sprintf("parking %d instances", len(ids)))
+	if err == nil {
+		err = b.stop(ctx, r, ids)
+	}
+	if err != nil {
+		return fmt.Errorf("stopping instances of node group %q: %w", id, err)
+	}
+	return nil
+}
+
+func (b *Backend) stop(ctx context.Context, r reading, ids []model.InstanceID) error {
+	serving := r.pick(ids, func(m member) bool { return m.lifecycle == astypes.LifecycleStateInService && !m.ended })
+	if len(serving) > 0 {
+		machines, err := b.describe(ctx, serving)
+		if err != nil {
+			return err
+		}
+		unfit := slices.DeleteFunc(slices.Clone(serving), func(id string) bool { m, ok := machines[id]; return !ok || m.parkable })
+		if b.managed(r.name) {
+			unfit = serving // never shown to work in managed node groups
+		}
+		serving = slices.DeleteFunc(serving, func(id string) bool { return slices.Contains(unfit, id) })
+		if len(unfit) > 0 {
+			b.cfg.Logger.Warn("instances cannot be parked and are terminated", "nodegroup", r.name, "instances", unfit)
+			if err := b.terminate(ctx, r, providerIDs(unfit)); err != nil {
+				return err
+			}
+			r.desired = max(r.min, r.desired-len(unfit))
+		}
+		if err := b.mark(ctx, r.name, serving, parking); err != nil {
+			return err
+		}
+	}
+	room := min(max(r.desired-r.min, 0), len(serving))
+	for _, job := range []struct {
+		ids       []string
+		decrement bool
+	}{{serving[:room], true}, {serving[room:], false}} {
+		for part := range slices.Chunk(job.ids, mostStandby) {
+			_, err := b.cfg.AutoScaling.EnterStandby(ctx, &autoscaling.EnterStandbyInput{
+				AutoScalingGroupName: &r.name, InstanceIds: part, ShouldDecrementDesiredCapacity: &job.decrement,
+			}, once)
+			b.acted(r.name, err)
+			if err != nil {
+				return fmt.Errorf("entering standby: %w", err)
+			}
+		}
+	}
+	aside := r.pick(ids, func(m member) bool {
+		return m.lifecycle == astypes.LifecycleStateStandby && m.machine.state == ec2types.InstanceStateNameRunning
+	})
+	if err := b.mark(ctx, r.name, aside, parking); err != nil {
+		return err
+	}
+	for part := range slices.Chunk(aside, mostEC2) {
+		_, err := b.cfg.EC2.StopInstances(ctx, &ec2.StopInstancesInput{InstanceIds: part})
+		b.acted(r.name, err)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func providerIDs(ids []string) []model.InstanceID {
+	out := make([]model.InstanceID, 0, len(ids))
+	for _, id := range ids {
+		out = append(out, providerID("", id))
+	}
+	return out
+}
+
+// Start unparks instances: it starts them and, when it is called again and they
+// run, brings them back into service.
+func (b *Backend) Start(ctx context.Context, id model.GroupID, ids []model.InstanceID) error {
+	r, err := b.begin(ctx, id, fmt.Sprintf("resuming %d instances", len(ids)))
+	if err == nil {
+		err = b.resume(ctx, r, ids)
+	}
+	if err != nil {
+		return fmt.Errorf("starting instances of node group %q: %w", id, err)
+	}
+	return nil
+}
+
+func (b *Backend) resume(ctx context.Context, r reading, ids []model.InstanceID) error {
+	in := func(state ec2types.InstanceStateName) []string {
+		return r.pick(ids, func(m member) bool {
+			return m.lifecycle == astypes.LifecycleStateStandby && !m.ended && m.machine.state == state
+		})
+	}
+	stopped, ready := in(ec2types.InstanceStateNameStopped), in(ec2types.InstanceStateNameRunning)
+	if err := b.mark(ctx, r.name, append(slices.Clone(stopped), ready...), resuming); err != nil {
+		return err
+	}
+	for part := range slices.Chunk(stopped, mostEC2) {
+		_, err := b.cfg.EC2.StartInstances(ctx, &ec2.StartInstancesInput{InstanceIds: part})
+		b.acted(r.name, err)
+		if err != nil {
+			return err
+		}
+	}
+	var refused error
+	if room := max(r.max-r.desired, 0); len(ready) > room {
+		refused = fmt.Errorf("the group's maximum is %d", r.max)
+		ready = ready[:room]
+	}
+	for part := range slices.Chunk(ready, mostStandby) {
+		_, err := b.cfg.AutoScaling.ExitStandby(ctx, &autoscaling.ExitStandbyInput{AutoScalingGroupName: &r.name, InstanceIds: part}, once)
+		b.acted(r.name, err)
+		if err != nil {
+			return fmt.Errorf("leaving standby: %w", err)
+		}
+	}
+	return refused
+}
+
+// mark writes what is being done with instances, unless it stands there.
+func (b *Backend) mark(ctx context.Context, group string, ids []string, marker string) error {
+	b.mu.Lock()
+	g := b.groups[model.GroupID(group)]
+	ids = slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return g != nil && g.markers[id] == marker })
+	b.mu.Unlock()
+	for part := range slices.Chunk(ids, mostEC2) {
+		_, err := b.cfg.EC2.CreateTags(ctx, &ec2.CreateTagsInput{Resources: part, Tags: []ec2types.Tag{
+			{Key: awssdk.String(markerTag), Value: &marker},
+			{Key: awssdk.String(model.Prefix + "/since"), Value: awssdk.String(b.cfg.Now().UTC().Format(time.RFC3339))},
+		}})
+		if err != nil {
+			return fmt.Errorf("tagging instances: %w", err)
+		}
+		b.mu.Lock()
+		if g != nil {
+			for _, id := range part {
+				g.markers[id] = marker
+			}
+		}
+		b.mu.Unlock()
+	}
+	return nil
+}
