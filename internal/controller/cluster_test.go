@@ -15,7 +15,7 @@ import (
 // cloud's machines, a scheduler, and a watch that tells a World what changes.
 type fakeCluster struct {
 	faults // of Nodes and Pods
-	cloud  *fakeCloud
+	cloud  machinery
 	// slots is how many runner pods a node takes; lag how late the watch is.
 	slots int
 	lag   time.Duration
@@ -43,7 +43,14 @@ type watchEvent struct {
 	tell func(*World)
 }
 
-func newFakeCluster(cloud *fakeCloud) *fakeCluster {
+// machinery is a cloud whose machines become Nodes.
+type machinery interface {
+	step(now time.Time)
+	ids() []model.GroupID
+	machines(group model.GroupID) map[model.InstanceID]machine
+}
+
+func newFakeCluster(cloud machinery) *fakeCluster {
 	c := &fakeCluster{
 		cloud: cloud, slots: 1, lag: 100 * time.Millisecond,
 		nodes: map[model.NodeName]model.Node{}, pods: map[string]*fakePod{},

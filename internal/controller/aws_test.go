@@ -1,0 +1,261 @@
+package controller
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/hearth-ci/hearth/internal/aws"
+	"github.com/hearth-ci/hearth/internal/aws/awsfake"
+	"github.com/hearth-ci/hearth/pkg/model"
+)
+
+const awsBoot = 20 * time.Second
+
+// awsMachines makes Nodes of the instances of an AWS.
+type awsMachines struct{ cloud *awsfake.Cloud }
+
+func (a awsMachines) step(now time.Time) { a.cloud.Advance(now) }
+
+func (a awsMachines) ids() (ids []model.GroupID) {
+	for _, name := range a.cloud.Groups() {
+		ids = append(ids, model.GroupID(name))
+	}
+	return ids
+}
+
+func (a awsMachines) machines(group model.GroupID) map[model.InstanceID]machine {
+	out := map[model.InstanceID]machine{}
+	for _, i := range a.cloud.Instances(string(group)) {
+		if i.State == "running" {
+			id := model.InstanceID("aws:///" + i.Zone + "/" + i.ID)
+			out[id] = machine{
+				Instance: model.Instance{ID: id, State: model.InstanceRunning},
+				due:      i.LaunchedAt.Add(awsBoot), node: model.NodeName("ip-" + i.ID),
+			}
+		}
+	}
+	return out
+}
+
+// awsLab is a lab whose cloud is AWS, behind the real backend.
+type awsLab struct {
+	*lab
+	aws *awsfake.Cloud
+}
+
+func awsExperiment(t *testing.T, groups []model.NodeGroup, f func(l awsLab)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		cloud := awsfake.New(time.Now(), awsfake.Timing{
+			Boot: awsBoot, Start: 10 * time.Second, Stop: 10 * time.Second, Terminate: 10 * time.Second,
+			Standby: 3 * time.Second, Retry: 30 * time.Second, Health: time.Minute,
+		})
+		for _, g := range groups {
+			cloud.AddGroup(awsfake.Group{Name: string(g.ID), Min: g.Min, Max: g.Max, Capacity: -1, Tags: map[string]string{"hearth": "1"}})
+		}
+		l := awsLab{aws: cloud, lab: &lab{
+			t: t, cloud: newFakeCloud(groups), cluster: newFakeCluster(awsMachines{cloud}), store: newFakeStore(), events: &fakeEvents{},
+			groups: groups, log: &logBuffer{},
+		}}
+		l.change = func(cfg *Config) {
+			clients := aws.Over(cloud.Transport())
+			backend, err := aws.New(aws.Config{
+				AutoScaling: clients.AutoScaling, EC2: clients.EC2, Tags: []string{"hearth"},
+				Protect: func(model.GroupID) bool { return true }, Logger: slog.New(slog.NewTextHandler(l.log, nil)),
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			cfg.Backend, cfg.SnapshotEvery, cfg.SnapshotFast = backend, time.Minute, 5*time.Second
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		var physics sync.WaitGroup
+		physics.Go(func() { l.cluster.run(ctx) })
+		t.Cleanup(func() { cancel(); physics.Wait() })
+		defer l.close()
+		defer func() {
+			if t.Failed() {
+				t.Logf("%s", l.picture())
+			}
+		}()
+		f(l)
+	})
+}
+
+func (l awsLab) picture() string {
+	var b strings.Builder
+	for _, name := range l.aws.Groups() {
+		g, _ := l.aws.Group(name)
+		fmt.Fprintf(&b, "%s: desired %d, record %+v\n", name, g.Desired, l.store.record(model.GroupID(name)))
+	}
+	for _, i := range l.aws.All() {
+		fmt.Fprintf(&b, "  %s %q %q protected %v tags %v\n", i.ID, i.Lifecycle, i.State, i.Protected, i.Tags)
+	}
+	return b.String()
+}
+
+// has counts instances by lifecycle and state.
+func (l awsLab) has(lifecycle, state string) (n int) {
+	for _, i := range l.aws.All() {
+		if i.Lifecycle == lifecycle && i.State == state {
+			n++
+		}
+	}
+	return n
+}
+
+// settled says whether AWS has exactly so many instances in service and parked
+// ones, nothing under way and nothing besides, and the fleet knows it.
+func (l awsLab) settled(serving, parked int) bool {
+	g, _ := l.aws.Group(string(runners))
+	living := 0
+	for _, i := range l.aws.All() {
+		if i.State != "terminated" {
+			living++
+		}
+	}
+	v := l.view(runners)
+	r := l.store.record(runners)
+	return g.Desired == serving && l.has("InService", "running") == serving && l.has("Standby", "stopped") == parked &&
+		living == serving+parked && len(l.ready()) == serving && v != nil && r.Target+r.Hidden == serving
+}
+
+func (l awsLab) settlesAt(serving, parked int) {
+	l.t.Helper()
+	for end := time.Now().Add(8 * time.Minute); !l.settled(serving, parked); time.Sleep(time.Second) {
+		if time.Now().After(end) {
+			l.t.Fatalf("not settled at %d serving and %d parked\n%s", serving, parked, l.picture())
+		}
+		l.refresh()
+	}
+	time.Sleep(2 * time.Minute)
+	if !l.settled(serving, parked) {
+		l.t.Fatalf("did not stay at %d serving and %d parked\n%s", serving, parked, l.picture())
+	}
+	if taken := l.aws.Taken(); len(taken) > 0 {
+		l.t.Fatalf("the group took %v\n%s", taken, l.picture())
+	}
+}
+
+// faultPhases are what a fleet of two does while calls go wrong; each returns
+// how many serve and are parked in the end, and which instances may be gone.
+func faultPhases() map[string]func(l awsLab, break_ func()) (serving, parked, terminated int) {
+	parkAll := func(l awsLab) {
+		l.t.Helper()
+		l.parked(l.ready()...)
+		l.settlesAt(0, 2)
+	}
+	removeAll := func(l awsLab, broken func()) {
+		l.t.Helper()
+		nodes := l.ready()
+		names := []model.NodeName{nodes[0].Name, nodes[1].Name}
+		l.released(30*time.Minute, names...)
+		broken()
+		l.must(l.remove(runners, nodes...))
+	}
+	return map[string]func(awsLab, func()) (int, int, int){
+		"grow": func(l awsLab, broken func()) (int, int, int) {
+			broken()
+			l.refresh()
+			l.must(l.increase(runners, 3))
+			return 5, 0, 0
+		},
+		"remove": func(l awsLab, broken func()) (int, int, int) {
+			removeAll(l, broken)
+			return 0, 0, 2
+		},
+		"park": func(l awsLab, broken func()) (int, int, int) {
+			removeAll(l, broken)
+			return 0, 2, 0
+		},
+		"unpark": func(l awsLab, broken func()) (int, int, int) {
+			parkAll(l)
+			l.refresh()
+			broken()
+			l.must(l.increase(runners, 2))
+			return 2, 0, 0
+		},
+		"grow and cancel": func(l awsLab, broken func()) (int, int, int) {
+			l.aws.Edit(string(runners), func(g *awsfake.Group) {
+				g.Capacity, g.Refusal = 2, "We currently do not have sufficient m5.large capacity."
+			})
+			l.refresh()
+			l.must(l.increase(runners, 3))
+			time.Sleep(time.Minute)
+			l.refresh()
+			broken()
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			defer cancel()
+			l.must(l.ctl.DecreaseTargetSize(ctx, runners, -3))
+			return 2, 0, 0
+		},
+	}
+}
+
+// TestAWSFaults breaks the first calls of each kind, in each way, while the
+// fleet grows, shrinks, parks and resumes: it must end where it should, with
+// nothing leaked and nothing terminated that should have stayed.
+func TestAWSFaults(t *testing.T) {
+	operations := []string{
+		"DescribeAutoScalingGroups", "DescribeInstances", "DescribeScalingActivities", "SetDesiredCapacity", "SetInstanceProtection",
+		"TerminateInstanceInAutoScalingGroup", "EnterStandby", "ExitStandby", "StopInstances", "StartInstances", "CreateTags",
+	}
+	cases := 0
+	for name, phase := range faultPhases() {
+		for _, operation := range operations {
+			for _, kind := range awsfake.Faults() {
+				if testing.Short() && kind != awsfake.HangAfter && kind != awsfake.ErrorAfter {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s/%s/%s", name, operation, kind), func(t *testing.T) {
+					annotations := []string{"max-idle", "1m"}
+					if strings.Contains(name, "park") {
+						annotations = append(annotations, "park", "stop")
+					}
+					awsExperiment(t, []model.NodeGroup{group(runners, annotations...)}, func(l awsLab) {
+						l.start()
+						l.fleet(2)
+						hits := 0
+						serving, parked, terminated := phase(l, func() {
+							l.aws.SetFault(func(c awsfake.Call) awsfake.Fault {
+								if c.Operation == operation && hits < 3 {
+									hits++
+									return kind
+								}
+								return awsfake.None
+							})
+						})
+						l.settlesAt(serving, parked)
+						gone := 0
+						for _, i := range l.aws.All() {
+							if i.State == "terminated" {
+								gone++
+							}
+						}
+						if gone != terminated {
+							t.Errorf("%d instances are terminated, want %d", gone, terminated)
+						}
+						if got := len(l.aws.All()); got != serving+parked+terminated {
+							t.Errorf("%d instances were launched, want %d", got, serving+parked+terminated)
+						}
+						if hits > 0 {
+							cases++
+						}
+					})
+				})
+			}
+		}
+	}
+	t.Logf("%d cases in which a call went wrong", cases)
+}
+
+var _ = io.Discard
+var _ = slices.Sort[[]int]
