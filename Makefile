@@ -43,6 +43,14 @@ generate: ## Generate Go from the protos, CRDs from the API types, reference pag
 	$(CONTROLLER_GEN) object crd paths=./api/... output:crd:artifacts:config=deploy/crds
 	go test ./cmd/provider -run TestReference -count=1 -update
 
+.PHONY: policy
+policy: ## Rewrite the tables of docs/policy.md (HEARTH_TRACES=folder of the traces)
+	@for trace in bitcoin-core-ci multi-repo-gha; do \
+		[ -n '$(HEARTH_TRACES)' ] && [ -f '$(HEARTH_TRACES)'/$$trace/jobs.csv.gz ] || { \
+			echo "policy: HEARTH_TRACES='$(HEARTH_TRACES)' has no $$trace/jobs.csv.gz; want HEARTH_TRACES=FOLDER make policy" >&2; exit 1; }; \
+	done
+	HEARTH_TRACES='$(abspath $(HEARTH_TRACES))' go test ./cmd/provider -run '^TestPolicy$$' -count=1 -update
+
 .PHONY: verify
 verify: ## Fail if anything generated is stale, a module untidy or the linters complain
 	@fingerprint() { \

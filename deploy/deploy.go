@@ -17,6 +17,10 @@ var (
 	rbac []byte
 	//go:embed rbac-kwok.yaml
 	rbacKwok []byte
+	//go:embed rbac-placement.yaml
+	rbacPlacement []byte
+	//go:embed placement.yaml
+	placement []byte
 )
 
 // Namespace is where the manifests put Hearth, ServiceAccount the account that
@@ -25,6 +29,10 @@ const (
 	Namespace      = "hearth"
 	ServiceAccount = "hearth"
 )
+
+// PlacementName names everything of the placement webhook: the Service, the
+// MutatingWebhookConfiguration and the Secret with its certificate.
+const PlacementName = "hearth-placement"
 
 // CRDs returns the custom resource definitions, one YAML document each.
 func CRDs() [][]byte {
@@ -38,3 +46,11 @@ func RBAC() []byte { return slices.Clone(rbac) }
 // RBACKwok returns the rights that the embedded backend needs beyond RBAC, as
 // YAML of several documents.
 func RBACKwok() []byte { return slices.Clone(rbacKwok) }
+
+// RBACPlacement returns the rights that the placement webhook needs beyond RBAC
+// to make its own certificate, as YAML of several documents.
+func RBACPlacement() []byte { return slices.Clone(rbacPlacement) }
+
+// Placement returns the Service and the webhook configuration of the placement
+// webhook, as YAML of several documents.
+func Placement() []byte { return slices.Clone(placement) }

@@ -96,9 +96,19 @@ type Intent struct {
 	InstanceID string `json:"instanceID"`
 	// +kubebuilder:validation:Enum=Running;Parked;Gone
 	Desired string `json:"desired"`
-	// +kubebuilder:validation:Enum=Draining;Stopping;Starting
+	// +kubebuilder:validation:Enum=Draining;StoppingEngine;Stopping;Starting
 	Stage string      `json:"stage"`
 	Since metav1.Time `json:"since"`
+	// Engine is the UID of the Dagger engine's pod that is or was to stop.
+	//
+	// +optional
+	// +kubebuilder:validation:MaxLength=64
+	Engine string `json:"engine,omitempty"`
+	// Exit is how the engine ended: its exit code, or why none is known.
+	//
+	// +optional
+	// +kubebuilder:validation:MaxLength=32
+	Exit string `json:"exit,omitempty"`
 }
 
 // RunnerNodeGroupList is a list of RunnerNodeGroups.

@@ -46,7 +46,7 @@ func rootCommand() *cobra.Command {
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	root.AddCommand(serveCommand(), checkCommand(), demoCommand(), simulateCommand(), versionCommand())
+	root.AddCommand(serveCommand(), checkCommand(), demoCommand(), explainCommand(), simulateCommand(), versionCommand())
 	return root
 }
 

@@ -58,7 +58,7 @@ The same keys in two places, the first that has one wins: the group's RunnerNode
 config file. A value that cannot be used is reported by log, event, metric, condition and
 ` + "`hearth check`" + `, and ignored: the default applies and the group keeps working.
 
-Accepted and without effect so far: runner-labels, prescale, time-value and cold-penalty; park: warm-pool is
+Accepted and without effect so far: runner-labels; park: warm-pool is
 refused until a backend has warm pools. All but the options of cluster-autoscaler need role: runner.
 
 | key ` + "`hearth.dev/…`" + ` | value | default | meaning |

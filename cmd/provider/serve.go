@@ -24,6 +24,8 @@ import (
 
 	"github.com/hearth-ci/hearth/internal/config"
 	"github.com/hearth-ci/hearth/internal/controller"
+	"github.com/hearth-ci/hearth/internal/dagger"
+	"github.com/hearth-ci/hearth/internal/explain"
 	"github.com/hearth-ci/hearth/internal/kube"
 	"github.com/hearth-ci/hearth/internal/kwok"
 	"github.com/hearth-ci/hearth/internal/server"
@@ -39,8 +41,8 @@ func serveCommand() *cobra.Command {
 		Long: "Serves the CloudProvider and Expander services of cluster-autoscaler and runs the\n" +
 			"controller behind them. The config file is reloaded when it changes.\n\n" +
 			"To uninstall: stop every replica, then run `hearth serve --config FILE --uninstall`\n" +
-			"once. It takes Hearth's annotations, labels and taints off all nodes and exits;\n" +
-			"nodes and instances stay as they are.",
+			"once. It takes Hearth's annotations, labels and taints off all nodes, its finalizer\n" +
+			"off the pods of engines, and exits; nodes and instances stay as they are.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.Load(path)
 			if err != nil {
@@ -59,7 +61,7 @@ func serveCommand() *cobra.Command {
 				return err
 			}
 			if uninstall {
-				return p.nodes.Uninstall(cmd.Context())
+				return errors.Join(p.nodes.Uninstall(cmd.Context()), p.engines.Uninstall(cmd.Context()))
 			}
 			return p.run(cmd.Context())
 		},
@@ -67,7 +69,7 @@ func serveCommand() *cobra.Command {
 	cmd.Flags().StringVar(&path, "config", "", "the config file (required)")
 	cmd.Flags().StringVar(&logFormat, "log-format", "json", "json or text")
 	cmd.Flags().StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
-	cmd.Flags().BoolVar(&uninstall, "uninstall", false, "take everything of Hearth's off the nodes and exit")
+	cmd.Flags().BoolVar(&uninstall, "uninstall", false, "take everything of Hearth's off nodes and pods and exit")
 	_ = cmd.MarkFlagRequired("config")
 	return cmd
 }
@@ -82,13 +84,16 @@ type provider struct {
 	registry   *prometheus.Registry
 	metrics    *telemetry.Metrics
 	nodes      *kube.Nodes
+	engines    *kube.Engines
 	events     *kube.Events
 	feed       *kube.Feed
 	world      *controller.World
+	readings   *dagger.Watcher
 	backend    *kwok.Backend
 	controller *controller.Controller
 	server     *server.Server
 	http       *telemetry.HTTP
+	placer     *placer // nil: no placement webhook
 }
 
 // newProvider wires the parts. Nothing runs yet, but the ports are taken, so
@@ -116,10 +121,21 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 	}
 	store := kube.NewStore(client)
 	p.nodes = kube.NewNodes(client, engines)
+	p.engines = kube.NewEngines(client)
 	p.events = kube.NewEvents(client, store, logger)
 	p.world = controller.NewWorld(cfg.NodeGroups())
+	if p.readings, err = dagger.NewWatcher(uint16(cfg.Engines.MetricsPort), p.world.EngineSampled, logger); err != nil {
+		return nil, err
+	}
+	watching := []watcher{p.readings}
+	if err := p.newPlacer(); err != nil {
+		return nil, err
+	}
+	if p.placer != nil {
+		watching = append(watching, p.placer.index)
+	}
 	if p.feed, err = kube.NewFeed(kube.FeedConfig{
-		Client: client, Sink: p.world, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
+		Client: client, Sink: sink{p.world, watching}, Engines: engines, KeysFor: p.world.KeysFor, Logger: logger,
 	}); err != nil {
 		return nil, err
 	}
@@ -130,7 +146,7 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 		return nil, err
 	}
 	if p.controller, err = controller.New(controller.Config{
-		Backend: p.backend, Store: store, Nodes: p.nodes, Pods: p.nodes, Events: p.events,
+		Backend: p.backend, Store: store, Memories: kube.NewMemories(client, cfg.LeaderElection.Namespace), Nodes: p.nodes, Pods: p.nodes, Engines: p.engines, Events: p.events,
 		World: p.world, Watched: p.feed.Synced, Groups: cfg.NodeGroups(), Metrics: p.metrics, Logger: logger,
 		OnSynced: func() { p.server.SetServing(true) },
 	}); err != nil {
@@ -164,8 +180,12 @@ func (p *provider) listen() error {
 	}
 	p.http, err = telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
+		API: explain.Handler(p.controller.Report),
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	return p.listenForPlacement()
 }
 
 var errNotSynced = errors.New("the watches have not delivered what exists yet")
@@ -186,6 +206,7 @@ func (p *provider) run(ctx context.Context) error {
 	group.Go(func() error { p.events.Run(ctx); return nil })
 	group.Go(func() error { return p.server.Run(ctx) })
 	group.Go(func() error { return p.http.Run(ctx) })
+	p.placer.run(ctx, group)
 	group.Go(func() error { return config.Watch(ctx, p.path, p.cfg, p.apply, p.reloaded) })
 	group.Go(func() error { return p.elect(ctx) })
 	return group.Wait()
@@ -285,6 +306,8 @@ func (p *provider) lead(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return p.backend.Run(ctx) })
 	group.Go(func() error { return p.controller.Run(ctx) })
+	group.Go(func() error { p.readings.Run(ctx); return nil })
+	p.placer.lead(ctx, group)
 	if p.cfg.Kubernetes.Kubeconfig == "" && os.Getenv("POD_NAME") == "" {
 		p.log.Warn("POD_NAME and POD_NAMESPACE are not set: the leader's pod gets no label for the Services to select")
 	}
@@ -307,6 +330,49 @@ func (p *provider) labelPod(ctx context.Context, namespace, pod string) {
 			return
 		case <-time.After(2 * time.Second):
 		}
+	}
+}
+
+// watcher is told of what exists beside the controller.
+type watcher interface {
+	NodeChanged(model.Node)
+	NodeGone(model.Node)
+	PodChanged(model.Pod)
+	PodGone(model.Pod)
+}
+
+// sink hands what the watches see to the controller and to whoever else wants
+// it.
+type sink struct {
+	*controller.World
+	others []watcher
+}
+
+func (s sink) NodeChanged(n model.Node) {
+	s.World.NodeChanged(n)
+	for _, o := range s.others {
+		o.NodeChanged(n)
+	}
+}
+
+func (s sink) NodeGone(n model.Node) {
+	s.World.NodeGone(n)
+	for _, o := range s.others {
+		o.NodeGone(n)
+	}
+}
+
+func (s sink) PodChanged(p model.Pod) {
+	s.World.PodChanged(p)
+	for _, o := range s.others {
+		o.PodChanged(p)
+	}
+}
+
+func (s sink) PodGone(p model.Pod) {
+	s.World.PodGone(p)
+	for _, o := range s.others {
+		o.PodGone(p)
 	}
 }
 

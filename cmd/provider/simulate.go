@@ -21,11 +21,14 @@ import (
 // parkedShare of a node's price is what a parked one costs by default.
 const parkedShare = 0.03
 
+// samples of each policy are drawn in a page.
+const samples = 400
+
 // simulateFlags are the values of the simulate command.
 type simulateFlags struct {
 	traces, policies, formats []string
 	out                       string
-	strict                    bool
+	strict, sensitivity       bool
 	generated                 simulate.Generated
 	world                     simulate.World
 	options                   simulate.Options
@@ -67,6 +70,7 @@ func (f *simulateFlags) register(flags *pflag.FlagSet) {
 	flags.StringVar(&f.out, "out", "", "directory to write report.* to instead of standard output")
 	flags.BoolVar(&f.strict, "strict", false, "fail when a row of a trace cannot be used")
 	flags.BoolVar(&f.options.Halves, "halves", false, "also report each half of the trace")
+	flags.BoolVar(&f.sensitivity, "sensitivity", false, "also compare the policies in worlds in which one value is half or double")
 	flags.BoolVar(&f.options.GroupOnly, "group-only", false, "placement knows a job's group and not its cache key")
 	flags.Uint64Var(&f.options.Seed, "seed", 1, "seed of all that is random")
 
@@ -101,6 +105,8 @@ func reportFormats() []reportFormat {
 		{"table", "txt", simulate.Report.WriteTable},
 		{"csv", "csv", simulate.Report.WriteCSV},
 		{"json", "json", simulate.Report.WriteJSON},
+		{"html", "html", simulate.Report.WriteHTML},
+		{"markdown", "md", simulate.Report.WriteMarkdown},
 	}
 }
 
@@ -131,23 +137,50 @@ func (f *simulateFlags) run(ctx context.Context, out, errOut io.Writer, generate
 	case len(trace.Jobs) == 0:
 		return fmt.Errorf("trace %q: none of %d rows is a usable job%s", trace.Name, trace.Rows, first)
 	}
-	progress := newProgress(errOut, len(policies), len(trace.Jobs))
+	if slices.ContainsFunc(formats, func(r reportFormat) bool { return r.name == "html" }) {
+		f.options.Samples = samples
+	}
+	report, err := f.report(ctx, errOut, trace, policies)
+	if err != nil {
+		return err
+	}
+	return f.write(out, report, formats)
+}
+
+// report runs the policies, and shows on errOut how far it is.
+func (f *simulateFlags) report(ctx context.Context, errOut io.Writer, t simulate.Trace, policies []simulate.NamedPolicy) (simulate.Report, error) {
+	runs := len(policies)
+	if f.sensitivity {
+		runs += len(policies) * len(simulate.Variations(f.world))
+	}
+	progress := newProgress(errOut, runs*len(t.Jobs))
+	defer progress.clear()
 	var results []simulate.Result
 	for _, p := range policies {
 		o := f.options
 		o.Progress = func(arrived int) error {
-			progress.show(len(results), p.Name, arrived)
+			progress.show(len(results)*len(t.Jobs)+arrived, p.Name)
 			return ctx.Err()
 		}
-		result, err := simulate.Run(trace, f.world, p, o)
+		result, err := simulate.Run(t, f.world, p, o)
 		if err != nil {
-			progress.clear()
-			return err
+			return simulate.Report{}, err
 		}
 		results = append(results, result)
 	}
-	progress.clear()
-	return f.write(out, simulate.NewReport(trace, f.world, results), formats)
+	report := simulate.NewReport(t, f.world, results)
+	report.Seed, report.GroupOnly = f.options.Seed, f.options.GroupOnly
+	if !f.sensitivity {
+		return report, nil
+	}
+	o := f.options
+	o.Progress = func(arrived int) error {
+		progress.show(len(policies)*len(t.Jobs)+arrived, "sensitivity")
+		return ctx.Err()
+	}
+	var err error
+	report.Sensitivity, err = simulate.Sensitivity(t, f.world, policies, o)
+	return report, err
 }
 
 // check finds the mistakes in the command line.
@@ -168,6 +201,15 @@ func (f *simulateFlags) check(generate bool) ([]simulate.NamedPolicy, []reportFo
 			return nil, nil, err
 		}
 		policies = append(policies, p)
+	}
+	ours := 0
+	for _, p := range policies {
+		if simulate.Ours(p.Name) {
+			ours++
+		}
+	}
+	if f.sensitivity && (ours == 0 || ours == len(policies)) {
+		return nil, nil, errors.New("--sensitivity compares hearth with others: want both in --policy")
 	}
 	var formats []reportFormat
 	for _, name := range f.formats {
@@ -240,15 +282,15 @@ func (f *simulateFlags) write(out io.Writer, report simulate.Report, formats []r
 // progress tells how far a long simulation is: in place on a terminal, in a
 // line now and then elsewhere.
 type progress struct {
-	out            io.Writer
-	terminal       bool
-	policies, jobs int
-	next           time.Time
-	shown          bool
+	out      io.Writer
+	terminal bool
+	total    int // jobs in all runs
+	next     time.Time
+	shown    bool
 }
 
-func newProgress(out io.Writer, policies, jobs int) *progress {
-	p := &progress{out: out, policies: policies, jobs: jobs, next: time.Now().Add(time.Second)}
+func newProgress(out io.Writer, total int) *progress {
+	p := &progress{out: out, total: total, next: time.Now().Add(time.Second)}
 	if file, ok := out.(*os.File); ok {
 		info, err := file.Stat()
 		p.terminal = err == nil && info.Mode()&os.ModeCharDevice != 0
@@ -256,18 +298,18 @@ func newProgress(out io.Writer, policies, jobs int) *progress {
 	return p
 }
 
-func (p *progress) show(done int, policy string, arrived int) {
+func (p *progress) show(done int, what string) {
 	now := time.Now()
 	if now.Before(p.next) {
 		return
 	}
-	percent := 100 * (float64(done) + float64(arrived)/float64(p.jobs)) / float64(p.policies)
+	percent := 100 * float64(done) / float64(p.total)
 	if p.terminal {
 		p.next = now.Add(100 * time.Millisecond)
-		fmt.Fprintf(p.out, "\r\x1b[Ksimulating %.0f %%: %s", percent, policy)
+		fmt.Fprintf(p.out, "\r\x1b[Ksimulating %.0f %%: %s", percent, what)
 	} else {
 		p.next = now.Add(5 * time.Second)
-		fmt.Fprintf(p.out, "simulating %.0f %%: %s\n", percent, policy)
+		fmt.Fprintf(p.out, "simulating %.0f %%: %s\n", percent, what)
 	}
 	p.shown = true
 }

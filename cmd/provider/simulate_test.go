@@ -45,10 +45,12 @@ func TestSimulateMistakes(t *testing.T) {
 		want  string
 	}{
 		{"unknown policy", []string{"--trace", trace, "--policy", "hearth,no-such"}, true, `unknown policy "no-such", known are always-on, ca-60m, ca-default`},
-		{"unknown format", []string{"--trace", trace, "--format", "xml"}, true, `unknown format "xml", known are table, csv, json`},
+		{"unknown format", []string{"--trace", trace, "--format", "xml"}, true, `unknown format "xml", known are table, csv, json, html, markdown`},
 		{"unknown flag", []string{"--no-such"}, false, "the flags are --boot, "}, // main sees that no command began
 		{"neither trace nor generate", nil, true, "want either --trace FILE or --generate JOBS"},
 		{"both", []string{"--trace", trace, "--generate", "10"}, true, "want either"},
+		{"sensitivity of nothing", []string{"--trace", trace, "--sensitivity", "--policy", "ca-default"}, true, "compares hearth with others"},
+		{"sensitivity to nothing", []string{"--trace", trace, "--sensitivity", "--policy", "hearth"}, true, "compares hearth with others"},
 		{"world", []string{"--trace", trace, "--slots", "0"}, true, "slots 0"},
 		{"generate nothing", []string{"--generate", "0"}, true, "1 to 1e8 jobs"},
 		{"no file", []string{"--trace", trace + ".not"}, false, "no such file"},
@@ -72,11 +74,11 @@ func TestSimulateMistakes(t *testing.T) {
 func TestSimulateWrites(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "report")
 	out, errOut, err := simulated(t, "--trace", traceFile(t, tinyTrace), "--policy", "simple-park-1m", "--price", "1",
-		"--format", "table,csv,json", "--out", dir)
+		"--format", "table,csv,json,html,markdown", "--out", dir)
 	if err != nil || errOut != "" {
 		t.Fatalf("error %v, %q", err, errOut)
 	}
-	for _, name := range []string{"report.txt", "report.csv", "report.json"} {
+	for _, name := range []string{"report.txt", "report.csv", "report.json", "report.html", "report.md"} {
 		if text, err := os.ReadFile(filepath.Join(dir, name)); err != nil || !strings.Contains(string(text), "simple-park-1m") {
 			t.Errorf("%s: error %v, %q", name, err, text)
 		}
@@ -114,6 +116,21 @@ func TestSimulateMixesAndGenerates(t *testing.T) {
 	}
 	if other, _, err := simulated(t, append(args, "--seed", "2")...); err != nil || other == first {
 		t.Errorf("another seed: error %v, %s", err, other)
+	}
+}
+
+func TestSimulateSensitivity(t *testing.T) {
+	args := []string{"--trace", traceFile(t, tinyTrace), "--sensitivity", "--policy", "ca-default,hearth", "--format"}
+	for format, want := range map[string]string{
+		"table": "hearth wins by", "markdown": "| hearth wins by |", "json": `"sensitivity": [`, "html": "If the world were different",
+	} {
+		if out, errOut, err := simulated(t, append(args, format)...); err != nil || errOut != "" || !strings.Contains(out, want) {
+			t.Errorf("%s: error %v, %q, %s", format, err, errOut, out)
+		}
+	}
+	// A page has timelines, for which the runs have to be asked.
+	if out, _, err := simulated(t, append(args, "html")...); err != nil || !strings.Contains(out, "Nodes over time") {
+		t.Errorf("html: error %v, without timelines", err)
 	}
 }
 

@@ -40,6 +40,7 @@ type Config struct {
 	LeaderElection LeaderElection
 	Backend        Backend
 	Engines        Engines
+	Placement      *Placement // nil: no placement webhook
 
 	source   []byte
 	groups   []model.NodeGroup
@@ -73,7 +74,7 @@ type Kubernetes struct{ Kubeconfig string }
 // LeaderElection says how replicas agree on who acts.
 type LeaderElection struct {
 	Enabled   bool
-	Namespace string // of the Lease
+	Namespace string // of the Lease and of what was learnt
 	// As in client-go: LeaseDuration > RenewDeadline > RetryPeriod.
 	LeaseDuration, RenewDeadline, RetryPeriod time.Duration
 }
@@ -94,6 +95,14 @@ type Kwok struct {
 type Engines struct {
 	PodSelector string // a label selector
 	MetricsPort int
+}
+
+// Placement is the admission webhook that leads jobs to warm nodes.
+type Placement struct {
+	Address string // host:port
+	// CertFile and KeyFile are PEM files, both or none: without them Hearth
+	// makes its own certificate and keeps it in a Secret.
+	CertFile, KeyFile string
 }
 
 // NodeGroups returns the declared groups in the file's order. The caller must
@@ -173,12 +182,16 @@ func load(data []byte, path string) (*Config, error) {
 		return nil, err
 	}
 	d := decoder{file: path, lines: c.lines}
-	for field, file := range map[string]string{
+	files := map[string]string{
 		"server.tls.certFile":     c.Server.TLS.CertFile,
 		"server.tls.keyFile":      c.Server.TLS.KeyFile,
 		"server.tls.clientCAFile": c.Server.TLS.ClientCAFile,
 		"kubernetes.kubeconfig":   c.Kubernetes.Kubeconfig,
-	} {
+	}
+	if p := c.Placement; p != nil {
+		files["placement.tls.certFile"], files["placement.tls.keyFile"] = p.CertFile, p.KeyFile
+	}
+	for field, file := range files {
 		if file == "" {
 			continue
 		}
@@ -290,7 +303,14 @@ func sortProblems(problems []Problem) {
 // restartFields are the values of all fields whose change cannot take effect at
 // run time. Node groups are not among them.
 func restartFields(c *Config) map[string]any {
+	placement := Placement{}
+	if c.Placement != nil {
+		placement = *c.Placement
+	}
 	return map[string]any{
+		"placement.address":            placement.Address,
+		"placement.tls.certFile":       placement.CertFile,
+		"placement.tls.keyFile":        placement.KeyFile,
 		"server.address":               c.Server.Address,
 		"server.expanderAddress":       c.Server.ExpanderAddress,
 		"server.tls.certFile":          c.Server.TLS.CertFile,

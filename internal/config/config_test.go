@@ -58,6 +58,9 @@ func dump(c *config.Config) string {
 		fmt.Fprintf(&b, "kwok %+v\n", *k)
 	}
 	fmt.Fprintf(&b, "engines %+v\n", c.Engines)
+	if p := c.Placement; p != nil {
+		fmt.Fprintf(&b, "placement %+v\n", *p)
+	}
 	for _, g := range c.NodeGroups() {
 		fmt.Fprintf(&b, "group %+v\n", g)
 	}
@@ -137,6 +140,9 @@ hearth.yaml:8: engines.metricsPort: needs a restart to change from 9090 to 1`},
 		{"addresses", valid + "server:\n  address: ':1'\n  expanderAddress: ':2'\nhttp: {address: ':3'}\n", `hearth.yaml:9: server.address: needs a restart to change from ":8086" to ":1"
 hearth.yaml:10: server.expanderAddress: needs a restart to change from ":8088" to ":2"
 hearth.yaml:11: http.address: needs a restart to change from ":8087" to ":3"`},
+		{"placement", valid + "placement: {tls: {certFile: c, keyFile: k}}\n", `hearth.yaml:8: placement.address: needs a restart to change from "" to ":8443"
+hearth.yaml:8: placement.tls.certFile: needs a restart to change from "" to "c"
+hearth.yaml:8: placement.tls.keyFile: needs a restart to change from "" to "k"`},
 		{"the rest", valid + "kubernetes: {kubeconfig: /k}\nleaderElection: {enabled: false, leaseDuration: 90s}\n", `hearth.yaml:8: kubernetes.kubeconfig: needs a restart to change from "" to "/k"
 hearth.yaml:9: leaderElection.enabled: needs a restart to change from true to false
 hearth.yaml:9: leaderElection.leaseDuration: needs a restart to change from 1m0s to 1m30s`},

@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -22,6 +23,9 @@ import (
 const (
 	nodeGroupLabel = model.Prefix + "/node-group"
 	hostnameLabel  = "kubernetes.io/hostname"
+	// warmLabelPrefix starts the labels of keys that a node is warm for. A new
+	// node is warm for none: cluster-autoscaler must not be promised one.
+	warmLabelPrefix = "cache." + model.Prefix + "/"
 )
 
 // What is wanted in fields that cannot be left out.
@@ -45,6 +49,7 @@ func (d *decoder) root(c *Config, n *yaml.Node) {
 		"backend":        backend(&c.Backend),
 		"nodeGroups":     list(MaxGroups, func() reader { return group(&c.groups) }),
 		"engines":        engines(&c.Engines),
+		"placement":      placement(&c.Placement),
 		"ci":             ci(),
 	}, required{"apiVersion": strconv.Quote(APIVersion), "kind": strconv.Quote(Kind), "backend": wantBackend})(d, "", n)
 	d.uniqueAddresses(c)
@@ -86,11 +91,16 @@ func address(into *string) reader {
 
 func (d *decoder) uniqueAddresses(c *Config) {
 	taken := map[string]string{}
-	for _, a := range []struct{ field, address string }{
+	type listener struct{ field, address string }
+	listeners := []listener{
 		{"server.address", c.Server.Address},
 		{"server.expanderAddress", c.Server.ExpanderAddress},
 		{"http.address", c.HTTP.Address},
-	} {
+	}
+	if c.Placement != nil {
+		listeners = append(listeners, listener{"placement.address", c.Placement.Address})
+	}
+	for _, a := range listeners {
 		if _, port, _ := net.SplitHostPort(a.address); port == "0" {
 			continue // any free port, another one each time
 		}
@@ -171,6 +181,26 @@ func engines(e *Engines) reader {
 		}),
 		"metricsPort": whole(&e.MetricsPort, 1, 65535, "a port from 1 to 65535"),
 	}, nil)
+}
+
+func placement(into **Placement) reader {
+	return func(d *decoder, at string, n *yaml.Node) {
+		if null(n) {
+			return
+		}
+		p := &Placement{Address: ":8443"}
+		object(fields{
+			"address": address(&p.Address),
+			"tls": object(fields{
+				"certFile": anyText(&p.CertFile),
+				"keyFile":  anyText(&p.KeyFile),
+			}, nil),
+		}, nil)(d, at, n)
+		if (p.CertFile == "") != (p.KeyFile == "") {
+			d.problem(join(at, "tls"), "want both of certFile, keyFile or none of them")
+		}
+		*into = p
+	}
 }
 
 func ci() reader {
@@ -317,7 +347,7 @@ func label(key, value string) (want string) {
 	switch {
 	case len(validation.IsQualifiedName(key)) > 0:
 		return "a label key such as example.com/team"
-	case key == nodeGroupLabel || key == hostnameLabel:
+	case key == nodeGroupLabel || key == hostnameLabel || strings.HasPrefix(key, warmLabelPrefix):
 		return "no value: Hearth sets this label itself"
 	case len(validation.IsValidLabelValue(value)) > 0:
 		return "a label value: at most 63 letters, digits, dots, dashes and underscores"

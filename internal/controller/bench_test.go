@@ -29,7 +29,9 @@ func (*still) Untaint(context.Context, model.NodeName, string) error            
 func (*still) ClearCATaint(context.Context, model.NodeName, string) error         { return nil }
 func (*still) Delete(context.Context, model.NodeName, string) error               { return nil }
 func (*still) Mark(context.Context, model.NodeName, string, model.Marks) error    { return nil }
-func (*still) RunnerPods(context.Context, model.NodeName) ([]model.Pod, error)    { return nil, nil }
+func (*still) PodsOn(context.Context, model.NodeName) ([]model.Pod, error)        { return nil, nil }
+func (*still) StopEngine(context.Context, model.Pod) (bool, error)                { return false, nil }
+func (*still) ReleaseEngine(context.Context, model.Pod) error                     { return nil }
 func (*still) Node(model.Node, model.Severity, string, string)                    {}
 func (*still) Group(model.GroupID, model.Severity, string, string)                {}
 func (*still) SaveNode(context.Context, model.NodeRecord) error                   { return nil }
@@ -41,6 +43,9 @@ func (*still) SaveGroup(context.Context, model.GroupID, nodegroups.Record, model
 func (*still) Load(context.Context) (map[model.GroupID]nodegroups.Record, map[model.GroupID]map[string]string, []model.NodeRecord, error) {
 	return nil, nil, nil, nil
 }
+
+func (*still) LoadLearnt(context.Context) (map[model.GroupID][]byte, error) { return nil, nil }
+func (*still) SaveLearnt(context.Context, model.GroupID, []byte) error      { return nil }
 
 // largeFleet returns an owner that serves a fleet of idle Ready nodes.
 func largeFleet(b *testing.B, groups, each int) (o *owner, r reading, end func()) {
@@ -73,7 +78,7 @@ func largeFleet(b *testing.B, groups, each int) (o *owner, r reading, end func()
 		s.snapshot.Groups[spec.ID] = snapshot
 	}
 	c, err := New(Config{
-		Backend: s, Store: s, Nodes: s, Pods: s, Events: s, World: world, Watched: func() bool { return true },
+		Backend: s, Store: s, Memories: s, Nodes: s, Pods: s, Engines: s, Events: s, World: world, Watched: func() bool { return true },
 		Groups: declared, Metrics: telemetry.NewMetrics(prometheus.NewRegistry()), Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {

@@ -30,6 +30,9 @@ type fakeCluster struct {
 	pods       map[string]*fakePod
 	uid        int
 	history    []string // what happened to nodes, in order
+	// daemons says how engines behave; nil: nodes have none.
+	daemons *engineDaemons
+	engines map[string]*fakeEngine // by UID
 }
 
 type fakePod struct {
@@ -53,7 +56,7 @@ type machinery interface {
 func newFakeCluster(cloud machinery) *fakeCluster {
 	c := &fakeCluster{
 		cloud: cloud, slots: 1, lag: 100 * time.Millisecond,
-		nodes: map[model.NodeName]model.Node{}, pods: map[string]*fakePod{},
+		nodes: map[model.NodeName]model.Node{}, pods: map[string]*fakePod{}, engines: map[string]*fakeEngine{},
 	}
 	c.latency = 20 * time.Millisecond
 	return c
@@ -67,6 +70,7 @@ func (c *fakeCluster) run(ctx context.Context) {
 		c.state.Lock()
 		c.kubelets(now)
 		c.schedule(now)
+		c.runEngines(now)
 		c.deliver(now)
 		c.state.Unlock()
 	}
@@ -182,6 +186,9 @@ func (c *fakeCluster) watch(w *World) {
 	}
 	for _, p := range c.pods {
 		w.PodChanged(p.Pod)
+	}
+	for _, e := range c.engines {
+		w.PodChanged(e.Pod)
 	}
 }
 
@@ -309,7 +316,7 @@ func (c *fakeCluster) ClearCATaint(ctx context.Context, name model.NodeName, uid
 
 func (c *fakeCluster) Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error {
 	return c.change(ctx, "mark", name, uid, func(n *model.Node) {
-		n.Marks.Decision, n.Marks.Reason = marks.Decision, marks.Reason
+		n.Marks.Decision, n.Marks.Reason, n.Marks.Warm = marks.Decision, marks.Reason, marks.Warm
 		switch {
 		case n.Marks.Protected && !n.Marks.ProtectedByUs: // a person's own
 		case marks.Protected:
@@ -332,10 +339,15 @@ func (c *fakeCluster) Delete(ctx context.Context, name model.NodeName, uid strin
 	})
 }
 
-func (c *fakeCluster) RunnerPods(ctx context.Context, node model.NodeName) (pods []model.Pod, err error) {
-	err = c.call(ctx, "runner-pods", func() error {
+func (c *fakeCluster) PodsOn(ctx context.Context, node model.NodeName) (pods []model.Pod, err error) {
+	err = c.call(ctx, "pods-on", func() error {
 		c.state.Lock()
 		defer c.state.Unlock()
+		for _, e := range c.engines {
+			if e.Node == node {
+				pods = append(pods, e.Pod)
+			}
+		}
 		for _, p := range c.pods {
 			if p.Node == node && p.Finished.IsZero() {
 				pods = append(pods, p.Pod)

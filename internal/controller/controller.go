@@ -9,6 +9,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/hearth-ci/hearth/internal/explain"
 	"github.com/hearth-ci/hearth/internal/telemetry"
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
@@ -18,10 +19,13 @@ import (
 type Config struct {
 	Backend Backend
 	Store   Store
-	Nodes   Nodes
-	Pods    Pods
-	Events  Events
-	World   *World
+	// Memories keeps what the policy learns.
+	Memories Memories
+	Nodes    Nodes
+	Pods     Pods
+	Engines  Engines
+	Events   Events
+	World    *World
 	// Watched says whether the watches have delivered everything that existed
 	// at their start. Once true it stays true.
 	Watched func() bool
@@ -43,8 +47,8 @@ type Config struct {
 
 func (c *Config) validate() error {
 	for name, missing := range map[string]bool{
-		"Backend": c.Backend == nil, "Store": c.Store == nil, "Nodes": c.Nodes == nil, "Pods": c.Pods == nil,
-		"Events": c.Events == nil, "World": c.World == nil, "Watched": c.Watched == nil,
+		"Backend": c.Backend == nil, "Store": c.Store == nil, "Memories": c.Memories == nil, "Nodes": c.Nodes == nil, "Pods": c.Pods == nil,
+		"Engines": c.Engines == nil, "Events": c.Events == nil, "World": c.World == nil, "Watched": c.Watched == nil,
 		"Metrics": c.Metrics == nil, "Logger": c.Logger == nil,
 	} {
 		if missing {
@@ -73,11 +77,13 @@ type Controller struct {
 	log      *slog.Logger
 	view     atomic.Pointer[nodegroups.FleetView]
 	spare    atomic.Pointer[map[model.GroupID]spare]
+	report   atomic.Pointer[explain.Report]
 	commands chan *command
 	groups   chan []model.NodeGroup
 	results  chan result
 	marked   chan model.InstanceID
 	readings chan reading
+	kept     chan keptMemory
 	poll     chan struct{}
 	records  *recorder
 	fast     atomic.Bool
@@ -96,6 +102,7 @@ func New(cfg Config) (*Controller, error) {
 		results:  make(chan result),
 		marked:   make(chan model.InstanceID),
 		readings: make(chan reading),
+		kept:     make(chan keptMemory),
 		poll:     make(chan struct{}, 1),
 		records:  newRecorder(cfg.Store, cfg.Logger),
 	}, nil
@@ -140,7 +147,12 @@ func (c *Controller) Run(ctx context.Context) error {
 	wg.Go(func() { c.pollCloud(ctx) })
 	wg.Go(func() { c.records.run(ctx, cancel) })
 	o.loop()
-	return ended(ctx)
+	c.view.Store(nil) // nothing is answered while the last writes are made
+	err := ended(ctx)
+	if err == nil {
+		o.keepAll()
+	}
+	return err
 }
 
 // pause waits; false when ctx ended first.

@@ -551,6 +551,50 @@ func (s *fakeStore) edit(change func(*fakeStore)) {
 	change(s)
 }
 
+// fakeMemories keeps what was learnt.
+type fakeMemories struct {
+	faults
+	state sync.Mutex
+	kept  map[model.GroupID][]byte
+}
+
+func newFakeMemories() *fakeMemories {
+	m := &fakeMemories{kept: map[model.GroupID][]byte{}}
+	m.latency = 20 * time.Millisecond
+	return m
+}
+
+func (m *fakeMemories) LoadLearnt(ctx context.Context) (kept map[model.GroupID][]byte, err error) {
+	err = m.call(ctx, "load-learnt", func() error {
+		m.state.Lock()
+		defer m.state.Unlock()
+		kept = maps.Clone(m.kept)
+		return nil
+	})
+	return kept, err
+}
+
+func (m *fakeMemories) SaveLearnt(ctx context.Context, group model.GroupID, data []byte) error {
+	return m.call(ctx, "save-learnt", func() error {
+		m.state.Lock()
+		defer m.state.Unlock()
+		m.kept[group] = data
+		return nil
+	})
+}
+
+func (m *fakeMemories) of(group model.GroupID) []byte {
+	m.state.Lock()
+	defer m.state.Unlock()
+	return m.kept[group]
+}
+
+func (m *fakeMemories) put(group model.GroupID, data []byte) {
+	m.state.Lock()
+	defer m.state.Unlock()
+	m.kept[group] = data
+}
+
 // fakeEvents remembers what people were told, as "object severity reason: message".
 type fakeEvents struct {
 	mu   sync.Mutex

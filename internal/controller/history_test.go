@@ -3,10 +3,12 @@ package controller
 import (
 	"fmt"
 	"maps"
+	"slices"
 	"testing"
 	"time"
 
 	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/scoring"
 )
 
 // at is a time of the tests' day, in whole seconds as in the API.
@@ -47,7 +49,7 @@ func TestHistory(t *testing.T) {
 		restored []model.KeyWarmth // of instance i1
 		told     []sighting
 		busy     map[model.NodeName]bool
-		uses     map[model.CacheKey]model.KeyUse // of i1
+		uses     []scoring.Use // of i1, the last used first
 	}{
 		{
 			name: "one job from pending to gone",
@@ -61,7 +63,7 @@ func TestHistory(t *testing.T) {
 				{now: 70, pod: "p", key: "k", node: "n", on: "i1", from: 3, to: 60, gone: true},
 			},
 			busy: map[model.NodeName]bool{"n": false},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(60), Count: 1}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(60), Count: 1}},
 		},
 		{
 			name: "the second of a key is warm",
@@ -71,7 +73,7 @@ func TestHistory(t *testing.T) {
 				{now: 20, pod: "q", key: "k", node: "n", on: "i1", from: 20, counts: "warm"},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(20), Count: 2}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(20), Count: 2}},
 		},
 		{
 			name: "jobs back to back, in the same second of the API's clock",
@@ -82,7 +84,7 @@ func TestHistory(t *testing.T) {
 				{now: 9, pod: "q", key: "k", node: "n", on: "i1", from: 9, counts: "warm"},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(9), Count: 2}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(9), Count: 2}},
 		},
 		{
 			name: "jobs of one key that start together on a node with several slots",
@@ -93,7 +95,7 @@ func TestHistory(t *testing.T) {
 				{now: 9, pod: "r", key: "k", node: "n", on: "i1", from: 3, to: 9},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(9), Count: 3}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(9), Count: 3}},
 		},
 		{
 			name: "a finished pod told again is not another job",
@@ -102,7 +104,7 @@ func TestHistory(t *testing.T) {
 				{now: 50, pod: "p", key: "k", node: "n", on: "i1", from: 3, to: 9},
 			},
 			busy: map[model.NodeName]bool{"n": false},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(9), Count: 1}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(9), Count: 1}},
 		},
 		{
 			name: "a job that is gone before it was told to have ended has ended",
@@ -111,7 +113,7 @@ func TestHistory(t *testing.T) {
 				{now: 500, pod: "p", key: "k", node: "n", on: "i1", from: 3, gone: true},
 			},
 			busy: map[model.NodeName]bool{"n": false},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(500), Count: 1}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(500), Count: 1}},
 		},
 		{
 			name: "a job of which only the end was told",
@@ -119,7 +121,7 @@ func TestHistory(t *testing.T) {
 				{now: 20, pod: "p", key: "k", node: "n", on: "i1", from: 3, to: 19, gone: true, counts: "cold"},
 			},
 			busy: map[model.NodeName]bool{"n": false},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(19), Count: 1}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(19), Count: 1}},
 		},
 		{
 			name: "a pod that never started leaves nothing",
@@ -128,7 +130,7 @@ func TestHistory(t *testing.T) {
 				{now: 9, pod: "p", key: "k", node: "n", on: "i1", gone: true},
 			},
 			busy: map[model.NodeName]bool{"n": false},
-			uses: map[model.CacheKey]model.KeyUse{},
+			uses: nil,
 		},
 		{
 			name: "the node is told of after its pod",
@@ -137,13 +139,13 @@ func TestHistory(t *testing.T) {
 				{now: 5, pod: "p", key: "k", node: "n", on: "i1", from: 3, counts: "cold"},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(3), Count: 1}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(3), Count: 1}},
 		},
 		{
 			name: "a job without a key keeps the node busy and warms nothing",
 			told: []sighting{{now: 3, pod: "p", node: "n", on: "i1", from: 3}},
 			busy: map[model.NodeName]bool{"n": true, "m": false},
-			uses: map[model.CacheKey]model.KeyUse{},
+			uses: nil,
 		},
 		{
 			name: "two pods, one ends",
@@ -153,7 +155,7 @@ func TestHistory(t *testing.T) {
 				{now: 9, pod: "p", key: "k", node: "n", on: "i1", from: 3, to: 9},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(9), Count: 1}, "l": {Last: at(3), Count: 1}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(9), Count: 1}, {Key: scoring.KeyOf("l"), Last: at(3), Count: 1}},
 		},
 		{
 			name:     "after a restart, running and finished pods are told again",
@@ -163,7 +165,7 @@ func TestHistory(t *testing.T) {
 				{now: 200, pod: "q", key: "k", node: "n", on: "i1", from: 100},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(100), Count: 3}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(100), Count: 3}},
 		},
 		{
 			name:     "after a restart, what began meanwhile is news",
@@ -174,7 +176,7 @@ func TestHistory(t *testing.T) {
 				{now: 200, pod: "r", key: "k", node: "n", on: "i1", from: 120, to: 125, counts: "warm"},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(160), Count: 6}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(160), Count: 6}},
 		},
 		{
 			name: "the name is given to another instance",
@@ -184,7 +186,7 @@ func TestHistory(t *testing.T) {
 				{now: 99, pod: "q", key: "k", node: "n", on: "i2", from: 99, counts: "cold"},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(9), Count: 1}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(9), Count: 1}},
 		},
 		{
 			name: "gone without having been told of, or started",
@@ -193,7 +195,7 @@ func TestHistory(t *testing.T) {
 				{now: 6, pod: "q", key: "k", node: "n", on: "i1", gone: true},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{},
+			uses: nil,
 		},
 		{
 			name:     "after a restart, the node is told of after its pods",
@@ -203,7 +205,7 @@ func TestHistory(t *testing.T) {
 				{now: 201, pod: "p", key: "k", node: "n", on: "i1", from: 100},
 			},
 			busy: map[model.NodeName]bool{"n": true},
-			uses: map[model.CacheKey]model.KeyUse{"k": {Last: at(100), Count: 3}},
+			uses: []scoring.Use{{Key: scoring.KeyOf("k"), Last: at(100), Count: 3}},
 		},
 	}
 	for _, tt := range tests {
@@ -212,7 +214,7 @@ func TestHistory(t *testing.T) {
 			h.restore(model.NodeRecord{ID: "i1", Warmth: tt.restored})
 			for i, s := range tt.told {
 				got := ""
-				if j := s.tell(h); j != nil {
+				if j := s.tell(h); j != nil && j.started {
 					got = map[bool]string{true: "warm", false: "cold"}[j.warm]
 				}
 				if got != s.counts {
@@ -224,7 +226,7 @@ func TestHistory(t *testing.T) {
 					t.Errorf("node %q busy: %v", node, !want)
 				}
 			}
-			if got := h.keys["i1"]; !maps.Equal(got, tt.uses) {
+			if got := h.uses["i1"]; !slices.Equal(got, tt.uses) {
 				t.Errorf("uses %v, want %v", got, tt.uses)
 			}
 			for node, n := range h.perNode {
@@ -242,13 +244,13 @@ func TestHistoryKeepsTheNewestKeys(t *testing.T) {
 		s := sighting{now: i + 1, pod: fmt.Sprint(i), key: model.CacheKey(fmt.Sprintf("k%03d", i)), node: "n", on: "i1", from: i + 1, to: i + 2}
 		s.tell(h)
 	}
-	keys := h.keys["i1"]
-	if len(keys) != model.MaxWarmKeys {
-		t.Fatalf("%d keys kept, want %d", len(keys), model.MaxWarmKeys)
+	uses := h.uses["i1"]
+	if len(uses) != model.MaxWarmKeys {
+		t.Fatalf("%d keys kept, want %d", len(uses), model.MaxWarmKeys)
 	}
-	for i := 2 * model.MaxWarmKeys; i < 3*model.MaxWarmKeys; i++ {
-		if _, ok := keys[model.CacheKey(fmt.Sprintf("k%03d", i))]; !ok {
-			t.Errorf("the recent key %d was dropped", i)
+	for i, u := range uses {
+		if want := scoring.KeyOf(model.CacheKey(fmt.Sprintf("k%03d", 3*model.MaxWarmKeys-1-i))); u.Key != want {
+			t.Errorf("use %d is of key %v, want %v", i, u.Key, want)
 		}
 	}
 	warmth := h.warmth("i1", at(500))
@@ -269,11 +271,11 @@ func TestHistoryWaiting(t *testing.T) {
 	} {
 		h.see(p, "", at(9))
 	}
-	if got, want := h.waiting(runners), (map[model.CacheKey]int{"a": 2}); !maps.Equal(got, want) {
+	if got, want := h.waiting(runners), (map[scoring.Key]int{scoring.KeyOf("a"): 2}); !maps.Equal(got, want) {
 		t.Errorf("waiting %v, want %v", got, want)
 	}
 	h.gone(model.Pod{UID: "1", Key: "a"}, "", at(10))
-	if got, want := h.waiting("other"), (map[model.CacheKey]int{"b": 1}); !maps.Equal(got, want) {
+	if got, want := h.waiting("other"), (map[scoring.Key]int{scoring.KeyOf("b"): 1}); !maps.Equal(got, want) {
 		t.Errorf("waiting %v, want %v", got, want)
 	}
 }
@@ -282,7 +284,7 @@ func TestHistoryForgets(t *testing.T) {
 	h := newHistory()
 	sighting{now: 3, pod: "p", key: "k", node: "n", on: "i1", from: 3}.tell(h)
 	h.forget("i1")
-	if len(h.keys) != 0 {
-		t.Errorf("kept %v", h.keys)
+	if len(h.uses) != 0 {
+		t.Errorf("kept %v", h.uses)
 	}
 }

@@ -15,12 +15,16 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 
+	"github.com/hearth-ci/hearth/internal/dagger/enginetest"
 	"github.com/hearth-ci/hearth/internal/telemetry"
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	enginetest.Main()
+	goleak.VerifyTestMain(m)
+}
 
 // runners is the group that most tests are about.
 const runners = model.GroupID("runners")
@@ -47,8 +51,10 @@ type lab struct {
 	cloud   *fakeCloud
 	cluster *fakeCluster
 	store   *fakeStore
-	events  *fakeEvents
-	groups  []model.NodeGroup
+	// memories is where what was learnt is kept.
+	memories *fakeMemories
+	events   *fakeEvents
+	groups   []model.NodeGroup
 	// change, when set, is applied to the config of every life.
 	change func(*Config)
 	synced int // times that OnSynced was called
@@ -75,7 +81,7 @@ func experiment(t *testing.T, groups []model.NodeGroup, f func(t *testing.T, l *
 func newLab(t *testing.T, groups []model.NodeGroup) *lab {
 	cloud := newFakeCloud(groups)
 	l := &lab{
-		t: t, cloud: cloud, cluster: newFakeCluster(cloud), store: newFakeStore(), events: &fakeEvents{},
+		t: t, cloud: cloud, cluster: newFakeCluster(cloud), store: newFakeStore(), memories: newFakeMemories(), events: &fakeEvents{},
 		groups: groups, log: &logBuffer{},
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -101,7 +107,7 @@ func (l *lab) prepare() {
 	l.cluster.watch(l.world)
 	l.metrics = telemetry.NewMetrics(prometheus.NewRegistry())
 	cfg := Config{
-		Backend: l.cloud, Store: l.store.open(), Nodes: l.cluster, Pods: l.cluster, Events: l.events, World: l.world,
+		Backend: l.cloud, Store: l.store.open(), Memories: l.memories, Nodes: l.cluster, Pods: l.cluster, Engines: l.cluster, Events: l.events, World: l.world,
 		Watched: func() bool { return true }, Groups: l.groups, Metrics: l.metrics,
 		Logger:   slog.New(slog.NewTextHandler(l.log, nil)),
 		OnSynced: func() { l.synced++ },
@@ -186,7 +192,7 @@ func (l *lab) state() string {
 		}
 	}
 	for _, n := range l.cluster.all() {
-		fmt.Fprintf(&b, "  node %s %s ready %v draining %v marks %+v jobs %d\n", n.Name, n.ID, n.Ready, n.Draining, n.Marks, l.cluster.jobs(n.Name))
+		fmt.Fprintf(&b, "  node %s %s ready %v draining %v marks %+v jobs %d engines %+v\n", n.Name, n.ID, n.Ready, n.Draining, n.Marks, l.cluster.jobs(n.Name), l.cluster.enginesOn(n.Name))
 	}
 	const most = 4000
 	return string(b.Bytes()[:min(b.Len(), most)])

@@ -533,7 +533,7 @@ func TestCapacityFailure(t *testing.T) {
 // Whatever fails is tried again; whatever may have happened is not done twice.
 func TestFailingCalls(t *testing.T) {
 	for _, kind := range []fault{failBefore, failAfter, hangBefore, hangAfter} {
-		for _, op := range []string{"resize", "terminate", "taint", "runner-pods", "delete", "mark", "snapshot"} {
+		for _, op := range []string{"resize", "terminate", "taint", "pods-on", "delete", "mark", "snapshot"} {
 			t.Run(fmt.Sprintf("%s %d", op, kind), func(t *testing.T) {
 				experiment(t, []model.NodeGroup{group(runners, "max-idle", "1m")}, func(t *testing.T, l *lab) {
 					l.start()

@@ -23,6 +23,7 @@ type owner struct {
 	fleet       map[model.GroupID]*nodegroups.Group
 	declared    map[model.GroupID]model.NodeGroup
 	releasedAt  map[model.InstanceID]time.Time      // since when the plan lets a node go
+	wantedAt    map[model.InstanceID]time.Time      // since when the forecast pays for a node
 	promised    map[model.GroupID]nodegroups.Record // of groups that are not declared now
 	annotations map[model.GroupID]map[string]string // of the RunnerNodeGroup objects
 	problems    map[model.GroupID][]nodegroups.AnnotationError
@@ -30,9 +31,13 @@ type owner struct {
 	registered  map[model.InstanceID]model.Node // Node objects that have a providerID
 	names       map[model.NodeName]model.InstanceID
 	groupOf     map[model.InstanceID]model.GroupID
+	engines     engines
+	ended       map[model.InstanceID]string // why the cloud is to end it, where the plan had meant to keep it
 	dirty       map[model.GroupID]bool
 	unsettled   map[model.GroupID]bool // groups in which the cloud is expected to change
 	history     *history
+	learnt      map[model.GroupID]*learnt
+	memories    memories
 	marking     map[model.InstanceID]marking
 	reported    map[model.GroupID]map[model.InstanceID]report
 	summaries   map[model.GroupID]model.GroupSummary
@@ -55,14 +60,18 @@ func (c *Controller) newOwner(ctx context.Context, stop context.CancelCauseFunc,
 		fleet:       map[model.GroupID]*nodegroups.Group{},
 		declared:    map[model.GroupID]model.NodeGroup{},
 		releasedAt:  map[model.InstanceID]time.Time{},
+		wantedAt:    map[model.InstanceID]time.Time{},
 		annotations: map[model.GroupID]map[string]string{},
 		problems:    map[model.GroupID][]nodegroups.AnnotationError{},
 		registered:  map[model.InstanceID]model.Node{},
 		names:       map[model.NodeName]model.InstanceID{},
 		unsettled:   map[model.GroupID]bool{},
 		groupOf:     map[model.InstanceID]model.GroupID{},
+		engines:     newEngines(),
+		ended:       map[model.InstanceID]string{},
 		dirty:       map[model.GroupID]bool{},
 		history:     newHistory(),
+		learnt:      map[model.GroupID]*learnt{},
 		marking:     map[model.InstanceID]marking{},
 		reported:    map[model.GroupID]map[model.InstanceID]report{},
 		summaries:   map[model.GroupID]model.GroupSummary{},
@@ -85,6 +94,7 @@ func (o *owner) begin(ctx context.Context) bool {
 	}
 	for _, r := range nodes {
 		o.history.restore(r)
+		o.engines.restore(r)
 		o.groupOf[r.ID] = r.Group
 		if o.reported[r.Group] == nil {
 			o.reported[r.Group] = map[model.InstanceID]report{}
@@ -102,6 +112,7 @@ func (o *owner) begin(ctx context.Context) bool {
 	default:
 	}
 	o.promised = records
+	o.memories.kept = o.loadMemories(ctx)
 	for _, spec := range specs {
 		o.declare(spec)
 	}
@@ -125,8 +136,12 @@ func (o *owner) declare(spec model.NodeGroup) {
 	record := o.promised[spec.ID]
 	delete(o.promised, spec.ID)
 	o.fleet[spec.ID] = nodegroups.NewGroup(spec, settings, record)
-	for id := range record.Intents {
+	for id, intent := range record.Intents {
 		o.groupOf[id] = spec.ID
+		if intent.Engine != "" && intent.Exit == "" {
+			o.engines.homes[intent.Engine] = id // its Node may be gone
+		}
+		o.tellEngine(id)
 	}
 	for id := range o.registered {
 		if o.groupOf[id] == spec.ID {
@@ -159,6 +174,7 @@ func (o *owner) loop() {
 			o.command(cmd)
 		case <-o.cfg.World.wake:
 			o.observe(o.cfg.World.take())
+			o.sampled(o.cfg.World.takeUses())
 		case r := <-o.results:
 			o.finished(r)
 		case id := <-o.marked:
@@ -167,16 +183,20 @@ func (o *owner) loop() {
 			o.read(r)
 		case groups := <-o.groups:
 			o.redeclare(groups)
+		case k := <-o.kept:
+			o.keptMemory(k)
 		case <-tick.C:
 			for id := range o.unsettled {
 				o.dirty[id] = true
 			}
 			if o.started {
 				o.cfg.Metrics.SnapshotAge.Set(time.Since(o.readAt).Seconds())
+				o.releaseOrphans(time.Now())
 			}
 			if o.started && time.Since(o.planned) >= o.cfg.PlanEvery {
 				o.plan()
 			}
+			o.keepMemories(time.Now())
 		}
 		o.advance()
 	}
@@ -201,6 +221,7 @@ func (o *owner) redeclare(groups []model.NodeGroup) {
 			delete(o.reported, id)
 			delete(o.summaries, id)
 			delete(o.recordAfter, id)
+			delete(o.learnt, id)
 			o.cfg.Metrics.ForgetGroup(string(id))
 		}
 	}
@@ -220,33 +241,54 @@ func (o *owner) observe(nodes []nodeChange, pods []podChange, annotations map[mo
 		o.observeNode(n)
 	}
 	for _, p := range pods {
-		if p.pod.Kind != model.PodRunner {
-			continue
+		switch p.pod.Kind {
+		case model.PodRunner:
+			o.seePod(p, now)
+			o.observeBusy(p.pod.Node)
+		case model.PodEngine:
+			o.seeEngine(p, now)
 		}
-		o.seePod(p, now)
-		o.observeBusy(p.pod.Node)
+	}
+}
+
+// sampled takes in what the metrics of engines say.
+func (o *owner) sampled(uses map[model.NodeName]model.EngineUse) {
+	now := time.Now()
+	for _, name := range slices.Sorted(maps.Keys(uses)) {
+		o.seeUse(uses[name], now)
 	}
 }
 
 func (o *owner) seePod(c podChange, now time.Time) {
-	p := c.pod
+	p := o.afterLoss(c.pod)
 	instance := o.names[p.Node]
 	see := o.history.see
 	if c.gone {
 		see = o.history.gone
 	}
-	started := see(p, instance, now)
+	before := o.history.pods[p.UID]
+	news := see(p, instance, now)
+	o.history.seeJob(p, instance)
 	group := o.groupOf[instance]
-	if started == nil || o.fleet[group] == nil {
+	if group == "" {
+		group = p.Group
+	}
+	o.arrived(before, p, group, c.gone, now)
+	g := o.fleet[group]
+	if news == nil || g == nil {
+		return
+	}
+	o.learntOf(g).told(p, news, g.Node(instance).ReadyChanged)
+	if !news.started {
 		return
 	}
 	temperature := "cold"
-	if started.warm {
+	if news.warm {
 		temperature = "warm"
 	}
 	o.cfg.Metrics.Jobs.WithLabelValues(string(group), temperature).Inc()
-	o.cfg.Metrics.JobWait.WithLabelValues(string(group)).Observe(max(started.wait, 0).Seconds())
-	o.log.Info("CI job started", "nodegroup", group, "node", p.Node, "key", p.Key, "temperature", temperature, "waited", started.wait)
+	o.cfg.Metrics.JobWait.WithLabelValues(string(group)).Observe(max(news.wait, 0).Seconds())
+	o.log.Info("CI job started", "nodegroup", group, "node", p.Node, "key", p.Key, "temperature", temperature, "waited", news.wait)
 }
 
 func (o *owner) observeNode(c nodeChange) {
@@ -258,6 +300,7 @@ func (o *owner) observeNode(c nodeChange) {
 		delete(o.history.idleSince, name)
 		o.applyTo(before, nodegroups.ObserveNodeGone{Instance: before})
 		o.applyTo(before, nodegroups.ObserveBusy{Instance: before}) // its jobs went with it
+		o.engineUnused(before)
 		o.release(before)
 	}
 	if c.gone || id == "" {
@@ -269,6 +312,7 @@ func (o *owner) observeNode(c nodeChange) {
 	}
 	o.applyTo(id, nodegroups.ObserveNode{Node: c.node})
 	o.observeBusy(name)
+	o.engineHomes(name, id)
 }
 
 // release forgets whose an instance was, once neither it nor its Node exists.
@@ -279,6 +323,7 @@ func (o *owner) release(id model.InstanceID) {
 	if g := o.fleet[o.groupOf[id]]; g == nil || !g.Has(id) {
 		delete(o.groupOf, id)
 		o.history.forget(id)
+		o.engines.forget(id)
 	}
 }
 
@@ -359,6 +404,10 @@ func (o *owner) handOver(g *nodegroups.Group, id model.InstanceID) {
 	if node, ok := o.registered[id]; ok {
 		o.apply(g, nodegroups.ObserveNode{Node: node})
 		o.apply(g, nodegroups.ObserveBusy{Instance: id, Busy: o.history.busy(node.Name)})
+	}
+	o.tellEngine(id)
+	if u, ok := o.engines.uses[id]; ok {
+		o.apply(g, nodegroups.ObserveUse{Instance: id, Activity: u.Activity, At: u.At})
 	}
 }
 
@@ -484,7 +533,14 @@ type result struct {
 	effect nodegroups.Effect
 	err    error
 	at     time.Time
-	idle   bool // Confirm
+	finding
+}
+
+// finding is what a call found out.
+type finding struct {
+	idle    bool        // Confirm: no runner pods are on the node
+	engines []model.Pod // Confirm
+	gone    bool        // StopEngine
 }
 
 // beside makes a call beside the loop, once there is a place for it.
@@ -509,16 +565,16 @@ func (o *owner) perform(e nodegroups.Effect) {
 		places = o.clouds
 	}
 	o.beside(places, func(ctx context.Context) {
-		idle, err := o.act(ctx, e)
+		found, err := o.act(ctx, e)
 		select {
-		case o.results <- result{e, err, time.Now(), idle}:
+		case o.results <- result{e, err, time.Now(), found}:
 		case <-o.ctx.Done():
 		}
 	})
 }
 
 // act calls the port that an effect belongs to.
-func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (idle bool, err error) {
+func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (found finding, err error) {
 	began := time.Now()
 	switch e.Verb {
 	case nodegroups.Resize:
@@ -539,15 +595,20 @@ func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (idle bool, e
 		err = c.cfg.Nodes.Delete(ctx, e.Node.Name, e.Node.UID)
 	case nodegroups.Confirm:
 		var pods []model.Pod
-		pods, err = c.cfg.Pods.RunnerPods(ctx, e.Node.Name)
-		idle = err == nil && len(pods) == 0
+		pods, err = c.cfg.Pods.PodsOn(ctx, e.Node.Name)
+		found.engines = slices.DeleteFunc(slices.Clone(pods), func(p model.Pod) bool { return p.Kind != model.PodEngine })
+		found.idle = err == nil && len(found.engines) == len(pods)
+	case nodegroups.StopEngine:
+		found.gone, err = c.cfg.Engines.StopEngine(ctx, e.Engine)
+	case nodegroups.ReleaseEngine:
+		err = c.cfg.Engines.ReleaseEngine(ctx, e.Engine)
 	default:
 		err = fmt.Errorf("unknown effect %q", e.Verb)
 	}
 	if e.Verb.Cloud() {
 		c.observeCall(string(e.Verb), began, err)
 	}
-	return idle, err
+	return found, err
 }
 
 // finished takes in the end of an effect.
@@ -561,8 +622,12 @@ func (o *owner) finished(r result) {
 			"node", r.effect.Node.Name, "instances", len(r.effect.Instances), "err", r.err)
 	}
 	o.apply(g, nodegroups.Done{Effect: r.effect, Err: r.err, At: r.at})
-	if r.effect.Verb == nodegroups.Confirm && r.err == nil {
-		o.apply(g, nodegroups.Confirmed{Instance: r.effect.Node.ID, Idle: r.idle})
+	switch {
+	case r.err != nil:
+	case r.effect.Verb == nodegroups.Confirm:
+		o.apply(g, nodegroups.Confirmed{Instance: r.effect.Node.ID, Idle: r.idle, Engines: r.engines})
+	case r.effect.Verb == nodegroups.StopEngine && r.gone:
+		o.apply(g, nodegroups.EngineGone{Instance: r.effect.Node.ID, UID: r.effect.Engine.UID})
 	}
 	if r.effect.Verb.Cloud() {
 		o.pollNow()

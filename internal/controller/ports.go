@@ -39,6 +39,14 @@ type Store interface {
 	DeleteNode(ctx context.Context, id model.InstanceID) error
 }
 
+// Memories keeps what the policy has learnt, group by group. That it is lost
+// is harmless: it is learnt again. Methods are safe for concurrent use for
+// different groups.
+type Memories interface {
+	LoadLearnt(ctx context.Context) (map[model.GroupID][]byte, error)
+	SaveLearnt(ctx context.Context, group model.GroupID, data []byte) error
+}
+
 // Nodes acts on Node objects. Every method is idempotent, and a Node that does
 // not exist (or has another UID) is a success.
 type Nodes interface {
@@ -56,9 +64,21 @@ type Nodes interface {
 
 // Pods reads pods past every cache.
 type Pods interface {
-	// RunnerPods lists the pods of CI jobs that are bound to the node and have
-	// not finished.
-	RunnerPods(ctx context.Context, node model.NodeName) ([]model.Pod, error)
+	// PodsOn lists the pods that are bound to the node: those of CI jobs that
+	// have not finished, and engines.
+	PodsOn(ctx context.Context, node model.NodeName) ([]model.Pod, error)
+}
+
+// Engines acts on the pods of engines. Both methods are idempotent and touch
+// only the very pod, by its UID.
+type Engines interface {
+	// StopEngine has our finalizer put on the pod and then the pod deleted, so
+	// that its engine ends and its exit code can be seen. It returns true when
+	// there is no such pod.
+	StopEngine(ctx context.Context, pod model.Pod) (gone bool, err error)
+	// ReleaseEngine takes the finalizer off; that there is no such pod is a
+	// success.
+	ReleaseEngine(ctx context.Context, pod model.Pod) error
 }
 
 // Events tells people what happened, beside the object that it happened to.

@@ -1,7 +1,6 @@
 package controller
 
 import (
-	"maps"
 	"time"
 
 	"github.com/hearth-ci/hearth/pkg/model"
@@ -23,9 +22,6 @@ func (o *owner) publishSpare() {
 	all := make(map[model.GroupID]spare, len(o.fleet))
 	for id, g := range o.fleet {
 		s := spare{hidden: g.Record().Hidden, parked: o.parked(g, now), jobsPerNode: g.Settings().JobsPerNode}
-		for i := range s.parked {
-			s.parked[i].Keys = maps.Clone(s.parked[i].Keys) // the owner goes on changing its own
-		}
 		if price := g.Settings().NodePrice; price != nil {
 			s.price = *price
 		}
@@ -54,12 +50,16 @@ func (c *Controller) BestOption(options []Option) model.GroupID {
 	for _, o := range options {
 		s := all[o.Group]
 		jobs := 0
-		for _, n := range o.Jobs {
+		waiting := make(map[scoring.Key]int, len(o.Jobs))
+		for key, n := range o.Jobs {
 			jobs += n
+			if key != "" {
+				waiting[scoring.KeyOf(key)] = n
+			}
 		}
-		known := maps.Clone(o.Jobs)
-		delete(known, "")
-		_, warmth := scoring.RankParked(s.parked, known, max(s.jobsPerNode, 1), o.Nodes, time.Now())
+		// What the owner has learnt of keys is its own; groups are compared by
+		// warmth alone.
+		_, warmth := scoring.RankParked(s.parked, waiting, s.jobsPerNode, o.Nodes, scoring.NewKeys(0), time.Now())
 		ranked = append(ranked, scoring.Option{
 			Group: o.Group, Nodes: o.Nodes, Jobs: jobs, Ready: s.hidden + len(s.parked), Warmth: warmth, Price: s.price,
 		})

@@ -30,7 +30,8 @@ type report struct {
 // sameState says whether nothing changed that is worth a write now.
 func (r report) sameState(n model.NodeRecord) bool {
 	a, b := r.record, n
-	return a.Phase == b.Phase && a.Desired == b.Desired && a.Decision == b.Decision && a.Node == b.Node && a.Hidden == b.Hidden
+	return a.Phase == b.Phase && a.Desired == b.Desired && a.Decision == b.Decision && a.Node == b.Node && a.Hidden == b.Hidden &&
+		slices.Equal(a.Conditions, b.Conditions)
 }
 
 // reportNodes writes the RunnerNodes of a group: at once when the phase or the
@@ -56,6 +57,10 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 			// brought them here is worth keeping.
 			r.Score, r.Decision, r.Reason = before.record.Score, before.record.Decision, before.record.Reason
 		}
+		if why := o.ended[n.ID]; why != "" && r.Desired == model.DesiredGone {
+			r.Decision, r.Reason = model.DecisionRelease, why
+		}
+		o.describeEngine(&r)
 		if known && before.sameState(r) && now.Sub(before.at) < reportEvery {
 			continue
 		}
@@ -69,9 +74,11 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 	changed := false
 	for instance := range reported {
 		if !g.Has(instance) {
+			delete(o.ended, instance)
 			delete(reported, instance)
 			delete(o.marking, instance)
 			delete(o.releasedAt, instance)
+			delete(o.wantedAt, instance)
 			o.records.dropNode(instance)
 			o.release(instance)
 			changed = true
@@ -141,6 +148,13 @@ func (o *owner) gauge(g *nodegroups.Group, s model.GroupSummary) {
 	for _, phase := range model.Phases() {
 		o.cfg.Metrics.Nodes.WithLabelValues(id, string(phase)).Set(float64(s.Phases[phase]))
 	}
+	var bytes, clients float64
+	for _, n := range g.Nodes() {
+		bytes += float64(o.engines.caches[n.ID].bytes)
+		clients += float64(o.engines.uses[n.ID].Clients)
+	}
+	o.cfg.Metrics.EngineCacheBytes.WithLabelValues(id).Set(bytes)
+	o.cfg.Metrics.EngineClients.WithLabelValues(id).Set(clients)
 	r := g.Record()
 	o.cfg.Metrics.TargetSize.WithLabelValues(id).Set(float64(r.Target))
 	o.cfg.Metrics.HiddenNodes.WithLabelValues(id).Set(float64(r.Hidden))
@@ -155,8 +169,17 @@ func (o *owner) say(g *nodegroups.Group, notes []nodegroups.Note) {
 		o.log.Info(n.Action, "nodegroup", id, "reason", n.Reason, "count", n.Count, "instance", n.Instance, "target", r.Target, "hidden", r.Hidden)
 		text := fmt.Sprintf("%s (%s)", n.Action, n.Reason)
 		severity := model.SeverityNormal
-		if n.Action == "lost" || n.Reason == "launch-failed" || n.Reason == "resume-failed" {
+		todo, warn := advice[n.Reason]
+		if warn || n.Action == "lost" || n.Reason == "launch-failed" || n.Reason == "resume-failed" {
 			severity = model.SeverityWarning
+		}
+		for _, more := range []string{n.Detail, todo} {
+			if more != "" {
+				text += "; " + more
+			}
+		}
+		if n.Action == "terminate" {
+			o.ended[n.Instance] = text
 		}
 		if node, ok := o.nodeOf(n.Instance); ok {
 			o.cfg.Events.Node(node, severity, camel(n.Action), text)
@@ -164,6 +187,19 @@ func (o *owner) say(g *nodegroups.Group, notes []nodegroups.Note) {
 			o.cfg.Events.Group(id, severity, camel(n.Action), fmt.Sprintf("%s: %d, target size %d", text, n.Count, r.Target))
 		}
 	}
+}
+
+// advice is what people can do about what went wrong with an engine, by the
+// reason of a note.
+//
+//nolint:gochecknoglobals // a constant, if it could be one
+var advice = map[string]string{
+	"unclean-stop": "its cache is lost; an engine that needs longer to end has to be given a longer terminationGracePeriodSeconds",
+	"engine-tolerates-taint": "the engine's pods tolerate every taint, so that the node cannot be parked: " +
+		"let them tolerate only the taints that the nodes have, by key",
+	"several-engines": "one engine a node is what its cache is for: check which DaemonSets run engines here",
+	"sessions-stayed": "sessions that are no CI job's were connected to the engine",
+	"stop-failed":     "the cloud did not stop the instance in time",
 }
 
 // nodeOf returns the registered node of an instance.
@@ -193,25 +229,37 @@ type marking struct {
 	protected bool
 	underway  bool
 	again     time.Time // when it may be asked again if the watch does not show it
+	relabel   time.Time // when its labels may change again
 }
 
-// mark keeps our annotations on the nodes as the plan says, one call at a time
-// for each node.
+// mark keeps our annotations on the nodes as the plan says, and their labels as
+// warm as they are, one call at a time for each node. A change of the labels
+// alone waits until they may change; whenever something is written they come
+// along.
 func (o *owner) mark(g *nodegroups.Group, now time.Time) {
 	for _, n := range g.Nodes() {
 		node := n.Node
 		want, ours := marks(g.Settings(), n, now)
+		if g.Settings().Runner() {
+			want.Warm = o.history.warmKeys(n.ID, now)
+		}
 		if !ours || node.Name == "" {
 			continue
 		}
 		have := node.Marks
 		protected := have.Protected == want.Protected || have.Protected && !have.ProtectedByUs
 		asked := o.marking[n.ID]
-		if have.Decision == want.Decision && protected || asked.underway ||
-			asked.decision == want.Decision && asked.protected == want.Protected && now.Before(asked.again) {
+		relabel := want.Warm != have.Warm && !now.Before(asked.relabel)
+		marked := have.Decision == want.Decision && protected ||
+			asked.decision == want.Decision && asked.protected == want.Protected && now.Before(asked.again)
+		if marked && !relabel || asked.underway {
 			continue
 		}
-		o.marking[n.ID] = marking{decision: want.Decision, protected: want.Protected, underway: true}
+		next := marking{decision: want.Decision, protected: want.Protected, underway: true, relabel: asked.relabel}
+		if want.Warm != have.Warm {
+			next.relabel = now.Add(relabelEvery)
+		}
+		o.marking[n.ID] = next
 		o.beside(o.clusters, func(ctx context.Context) {
 			if err := o.cfg.Nodes.Mark(ctx, node.Name, node.UID, want); err != nil && o.ctx.Err() == nil {
 				o.log.Error("annotating failed; it will be tried again", "node", node.Name, "err", err)

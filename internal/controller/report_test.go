@@ -11,7 +11,7 @@ import (
 )
 
 func TestRunnerNodeWrites(t *testing.T) {
-	experiment(t, []model.NodeGroup{group(runners, "max-idle", "24h")}, func(t *testing.T, l *lab) {
+	experiment(t, []model.NodeGroup{group(runners, "time-value", "10000")}, func(t *testing.T, l *lab) {
 		l.start()
 		nodes := l.fleet(3)
 		time.Sleep(10 * time.Second)

@@ -20,8 +20,10 @@ type World struct {
 	declared    map[model.GroupID]model.NodeGroup
 	seen        map[model.GroupID]map[string]string // annotations, the newest
 	keys        map[model.GroupID][]string          // cache-keys of each group
+	slots       map[model.GroupID]int               // jobs-per-node of each group
 	nodes       map[model.NodeName]nodeChange
 	pods        map[string]podChange
+	uses        map[model.NodeName]model.EngineUse
 	annotations map[model.GroupID]map[string]string
 	wake        chan struct{}
 }
@@ -42,6 +44,7 @@ func NewWorld(groups []model.NodeGroup) *World {
 		seen:        map[model.GroupID]map[string]string{},
 		nodes:       map[model.NodeName]nodeChange{},
 		pods:        map[string]podChange{},
+		uses:        map[model.NodeName]model.EngineUse{},
 		annotations: map[model.GroupID]map[string]string{},
 		wake:        make(chan struct{}, 1),
 	}
@@ -56,6 +59,7 @@ func (w *World) SetGroups(groups []model.NodeGroup) {
 	defer w.mu.Unlock()
 	w.declared = make(map[model.GroupID]model.NodeGroup, len(groups))
 	w.keys = make(map[model.GroupID][]string, len(groups))
+	w.slots = make(map[model.GroupID]int, len(groups))
 	for _, g := range groups {
 		w.declared[g.ID] = g
 		w.readKeys(g.ID)
@@ -66,6 +70,7 @@ func (w *World) readKeys(id model.GroupID) {
 	if spec, ok := w.declared[id]; ok {
 		settings, _ := nodegroups.Interpret(spec, w.seen[id])
 		w.keys[id] = settings.CacheKeys
+		w.slots[id] = settings.JobsPerNode
 	}
 }
 
@@ -75,6 +80,14 @@ func (w *World) KeysFor(group model.GroupID) []string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.keys[group]
+}
+
+// JobsPerNode returns how many runner pods a node of the group takes at a time,
+// zero when the group is not known.
+func (w *World) JobsPerNode(group model.GroupID) int {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.slots[group]
 }
 
 func (w *World) changed() {
@@ -124,6 +137,17 @@ func (w *World) PodGone(p model.Pod) {
 	w.changed()
 }
 
+// EngineSampled notes what the newest samples of a node's engine come to.
+func (w *World) EngineSampled(u model.EngineUse) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if before := w.uses[u.Node]; before.Wiped && before.Pod == u.Pod {
+		u.Wiped = true // the owner has not been told yet
+	}
+	w.uses[u.Node] = u
+	w.changed()
+}
+
 // AnnotationsChanged notes the annotations of a group's RunnerNodeGroup.
 func (w *World) AnnotationsChanged(group model.GroupID, annotations map[string]string) {
 	w.mu.Lock()
@@ -132,6 +156,15 @@ func (w *World) AnnotationsChanged(group model.GroupID, annotations map[string]s
 	w.seen[group] = annotations
 	w.readKeys(group)
 	w.changed()
+}
+
+// takeUses returns what was sampled of engines since the last call.
+func (w *World) takeUses() map[model.NodeName]model.EngineUse {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	uses := w.uses
+	w.uses = map[model.NodeName]model.EngineUse{}
+	return uses
 }
 
 // take returns what has changed since the last call, in a fixed order.

@@ -22,7 +22,6 @@ import (
 	"github.com/hearth-ci/hearth/api/v1alpha1"
 	"github.com/hearth-ci/hearth/internal/playground"
 	"github.com/hearth-ci/hearth/internal/refautoscaler"
-	"github.com/hearth-ci/hearth/pkg/model"
 )
 
 // Config says how to run the demo.
@@ -92,7 +91,6 @@ type story struct {
 type nodeStory struct {
 	v1alpha1.RunnerNode
 	jobs []string // repositories of the jobs that ran here, in order
-	keys map[model.CacheKey]model.KeyUse
 	gone bool
 }
 
@@ -297,10 +295,6 @@ func (s *story) lookAtPods(pods []corev1.Pod) {
 		}
 		if !job.done && pod.Status.Phase == corev1.PodSucceeded {
 			job.done = true
-			if n := s.byNode(job.node); n != nil {
-				key := model.CacheKey(job.repository)
-				n.keys[key] = model.KeyUse{Last: time.Now(), Count: n.keys[key].Count + 1}
-			}
 		}
 	}
 }
@@ -320,7 +314,7 @@ func (s *story) lookAtNodes(nodes []v1alpha1.RunnerNode) {
 		seen[now.Name] = true
 		before := s.nodes[now.Name]
 		if before == nil {
-			before = &nodeStory{keys: map[model.CacheKey]model.KeyUse{}}
+			before = &nodeStory{}
 			s.nodes[now.Name] = before
 			s.tellLocked("  node group %s launches %s", now.Spec.NodeGroup, now.Name)
 		}

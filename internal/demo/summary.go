@@ -11,8 +11,6 @@ import (
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
-	"github.com/hearth-ci/hearth/pkg/scoring"
 )
 
 // summary checks every claim against the cluster, prints the table, and
@@ -46,13 +44,13 @@ func (s *story) sorted() []*nodeStory {
 
 func (s *story) table(kept map[string]bool) {
 	w := tabwriter.NewWriter(s.cfg.Out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "\nNODE GROUP\tNODE\tJOBS\tSCORE\tEND")
+	fmt.Fprintln(w, "\nNODE GROUP\tNODE\tJOBS\tWARM FOR\tEND")
 	for _, n := range s.sorted() {
 		end := "removed"
 		if kept[n.Status.NodeName] {
 			end = "kept warm"
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%.2f\t%s\n", n.Spec.NodeGroup, n.Status.NodeName, strings.Join(n.jobs, ", "), s.score(n), end)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", n.Spec.NodeGroup, n.Status.NodeName, strings.Join(n.jobs, ", "), n.repositories(), end)
 	}
 	fmt.Fprintln(w)
 	_ = w.Flush()
@@ -78,8 +76,8 @@ func (s *story) check(kept map[string]bool) (problems []error) {
 		left[group]++
 		for _, other := range s.nodes {
 			if other.gone && other.Spec.NodeGroup == group {
-				claim(s.score(other) <= s.score(n)+tolerance, "node %s (score %.2f) went and the colder %s (score %.2f) stayed",
-					other.Status.NodeName, s.score(other), n.Status.NodeName, s.score(n))
+				claim(other.repositories() == 0 || n.repositories() > 0, "node %s, warm for %d repositories, went and the cold %s stayed",
+					other.Status.NodeName, other.repositories(), n.Status.NodeName)
 			}
 		}
 	}
@@ -90,11 +88,8 @@ func (s *story) check(kept map[string]bool) (problems []error) {
 	return problems
 }
 
-// tolerance forgives what scores decay within one demo.
-const tolerance = 0.01
-
-// score is the node's worth by the jobs that were seen to run on it, computed
-// from the cluster rather than asked of the provider.
-func (s *story) score(n *nodeStory) float64 {
-	return scoring.Node{Keys: n.keys}.Score(s.ended)
+// repositories is how many the node's engine is warm for, by the jobs that were
+// seen to run on it rather than by what the provider says.
+func (n *nodeStory) repositories() int {
+	return len(slices.Compact(slices.Sorted(slices.Values(n.jobs))))
 }

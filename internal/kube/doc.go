@@ -1,9 +1,9 @@
 // Package kube is Hearth's hands and eyes in the cluster: [Feed] tells what
-// happens to nodes, pods and annotations, [Nodes] acts on Node objects, [Store]
-// keeps the records, [Events] tells people, and [LabelLeader] leads the
-// Services to the leader. It owns every name that Hearth puts on an object it
-// does not own. It decides nothing: what is idle, warm or to be removed is told
-// to it.
+// happens to nodes, pods and annotations, [Nodes] acts on Node objects,
+// [Engines] on the pods of engines, [Store] keeps the records and [Memories] what
+// was learnt, [Events] tells people, and [LabelLeader] leads the Services to the
+// leader. It owns every name that Hearth puts on an object it does not own. It decides nothing: what is
+// idle, warm or to be removed is told to it.
 //
 // All writes are patches or updates that fail rather than overwrite what
 // somebody else changed meanwhile. Everything is idempotent.

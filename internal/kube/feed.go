@@ -76,6 +76,11 @@ type Feed struct {
 	// by the value of that label.
 	nodeLabels map[model.NodeName]string
 	labelled   map[string]model.GroupID
+	// runners are GitHub's ephemeral runners, whose pods have their names; jobs
+	// the keys of what they have picked up, podNames the pods, by those names.
+	runners  *mirror[runnerJob]
+	jobs     map[types.NamespacedName]model.CacheKey
+	podNames map[types.NamespacedName]types.UID
 }
 
 // groupNotes is what people write about a group.
@@ -89,7 +94,10 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 	if cfg.Client == nil || cfg.Sink == nil || cfg.Engines == nil || cfg.KeysFor == nil || cfg.Logger == nil {
 		return nil, errors.New("making a feed: a field of its configuration is missing")
 	}
-	f := &Feed{cfg: cfg, nodeLabels: map[model.NodeName]string{}, labelled: map[string]model.GroupID{}}
+	f := &Feed{
+		cfg: cfg, nodeLabels: map[model.NodeName]string{}, labelled: map[string]model.GroupID{},
+		jobs: map[types.NamespacedName]model.CacheKey{}, podNames: map[types.NamespacedName]types.UID{},
+	}
 	f.reader = podReader{
 		engines: cfg.Engines,
 		groupOf: f.groupOf,
@@ -112,12 +120,29 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 	}
 	f.pods = &mirror[model.Pod]{
 		feed: f, items: map[types.UID]model.Pod{}, synced: make(chan struct{}),
-		strip: stripPod,
+		strip: stripPodOrEngine,
 		read: func(obj any) (model.Pod, bool) {
 			p := f.reader.pod(obj.(*corev1.Pod))
+			if p.Kind == model.PodRunner {
+				p.Job = f.jobs[nameOf(p)]
+			}
 			return p, p.Kind != model.PodIgnored
 		},
-		changed: cfg.Sink.PodChanged, gone: cfg.Sink.PodGone,
+		changed: func(p model.Pod) {
+			f.podNames[nameOf(p)] = types.UID(p.UID)
+			cfg.Sink.PodChanged(p)
+		},
+		gone: func(p model.Pod) {
+			if f.podNames[nameOf(p)] == types.UID(p.UID) {
+				delete(f.podNames, nameOf(p))
+			}
+			cfg.Sink.PodGone(p)
+		},
+	}
+	f.runners = &mirror[runnerJob]{
+		feed: f, items: map[types.UID]runnerJob{}, synced: make(chan struct{}),
+		strip: stripRunner, read: readRunner,
+		changed: f.jobPickedUp, gone: func(r runnerJob) { delete(f.jobs, r.name) },
 	}
 	f.groups = &mirror[groupNotes]{
 		feed: f, items: map[types.UID]groupNotes{}, synced: make(chan struct{}),
@@ -139,6 +164,7 @@ func (f *Feed) Run(ctx context.Context) {
 	defer running.Wait()
 	running.Go(func() { f.follow(ctx, &corev1.Node{}, &corev1.NodeList{}, f.nodes) })
 	running.Go(func() { f.follow(ctx, &v1alpha1.RunnerNodeGroup{}, &v1alpha1.RunnerNodeGroupList{}, f.groups) })
+	running.Go(func() { f.followRunners(ctx) })
 	for _, synced := range []<-chan struct{}{f.nodes.synced, f.groups.synced} {
 		select {
 		case <-synced:
@@ -158,6 +184,15 @@ func (f *Feed) Synced() bool {
 	default:
 		return false
 	}
+}
+
+// Read says of a pod, which need not exist yet, what the sink would be told of
+// it: of one to be ignored only the names. It is safe for concurrent use, but
+// must not be called by the sink.
+func (f *Feed) Read(p *corev1.Pod) model.Pod {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.reader.pod(p)
 }
 
 // follow keeps store up to date with one kind until ctx ends.
@@ -201,7 +236,14 @@ func stripNode(obj any) {
 func stripPod(obj any) {
 	if p, ok := obj.(*corev1.Pod); ok {
 		p.ManagedFields = nil
-		p.Spec = corev1.PodSpec{NodeName: p.Spec.NodeName, NodeSelector: p.Spec.NodeSelector}
+		kept := corev1.PodSpec{
+			NodeName: p.Spec.NodeName, NodeSelector: p.Spec.NodeSelector,
+			TerminationGracePeriodSeconds: p.Spec.TerminationGracePeriodSeconds,
+		}
+		for _, c := range p.Spec.Containers {
+			kept.Containers = append(kept.Containers, corev1.Container{Name: c.Name, Image: c.Image})
+		}
+		p.Spec = kept
 	}
 }
 

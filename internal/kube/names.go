@@ -8,9 +8,16 @@ const (
 	annotationReason      = model.Prefix + "/reason"
 	annotationProtectedBy = model.Prefix + "/scale-down-disabled-by"
 	protectedByUs         = "hearth"
-	labelCacheKey         = model.Prefix + "/cache-key" // on pods, by people; also as an annotation
-	labelWarmPrefix       = "cache." + model.Prefix + "/"
+	labelCacheKey         = model.Prefix + "/cache-key"   // on pods, by people; also as an annotation
+	labelWarmPrefix       = "cache." + model.Prefix + "/" // and the hash of a cache key
+	warm                  = "warm"                        // the value of such labels
+	annotationWarmKeys    = model.Prefix + "/warm-keys"   // what those hashes stand for
 	labelLeader           = model.Prefix + "/leader"
+
+	// finalizerExitCode keeps the pod of an engine that was told to stop until
+	// its exit code has been recorded: the kubelet reports the code and at once
+	// deletes the pod.
+	finalizerExitCode = model.Prefix + "/exit-code"
 
 	// taintDraining keeps new pods away from a node that is being drained.
 	// cluster-autoscaler ignores taints of this prefix when it copies a live

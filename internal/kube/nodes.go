@@ -3,9 +3,7 @@ package kube
 import (
 	"context"
 	"fmt"
-	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -63,8 +61,8 @@ func (n *Nodes) ClearCATaint(ctx context.Context, name model.NodeName, uid strin
 	return n.change(ctx, "clearing cluster-autoscaler's taint from", name, uid, clearCATaint)
 }
 
-// Mark brings our annotations on the Node in line with marks; a decision of ""
-// means none. Only the wish counts in marks.Protected: a person's own
+// Mark brings our annotations and labels on the Node in line with marks, in one
+// write or none; a decision of "" means none. Only the wish counts in marks.Protected: a person's own
 // scale-down-disabled stays as it is, whatever its value, and ProtectedByUs is
 // not read.
 func (n *Nodes) Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error {
@@ -102,18 +100,19 @@ func (n *Nodes) Delete(ctx context.Context, name model.NodeName, uid string) err
 	return nil
 }
 
-// RunnerPods lists the pods on the Node that run CI jobs and have not
-// finished. It asks the API server and not a cache: a pod that was bound
-// before the call is in the answer. Cache keys and groups are not filled in as
-// the group may want them.
-func (n *Nodes) RunnerPods(ctx context.Context, name model.NodeName) ([]model.Pod, error) {
+// PodsOn lists the pods on the Node that run CI jobs and have not finished, and
+// those that are engines. It asks the API server and not a cache: a pod that
+// was bound before the call is in the answer. Cache keys and groups are not
+// filled in as the group may want them.
+func (n *Nodes) PodsOn(ctx context.Context, name model.NodeName) ([]model.Pod, error) {
 	var list corev1.PodList
 	if err := n.client.List(ctx, &list, client.MatchingFields{"spec.nodeName": string(name)}); err != nil {
 		return nil, fmt.Errorf("listing the pods on node %q: %w", name, err)
 	}
 	var pods []model.Pod
 	for _, p := range list.Items {
-		if pod := n.reader.pod(&p); pod.Kind == model.PodRunner && pod.Finished.IsZero() {
+		pod := n.reader.pod(&p)
+		if pod.Kind == model.PodEngine || pod.Kind == model.PodRunner && pod.Finished.IsZero() {
 			pods = append(pods, pod)
 		}
 	}
@@ -218,6 +217,7 @@ func mark(o *corev1.Node, marks model.Marks) {
 			set(&o.Annotations, key, value)
 		}
 	}
+	markWarm(o, marks.Warm)
 	_, has := o.Annotations[annotationScaleDownDisabled]
 	ours := o.Annotations[annotationProtectedBy] == protectedByUs
 	switch {
@@ -235,7 +235,6 @@ func unmark(o *corev1.Node) {
 	mark(o, model.Marks{})
 	removeTaints(o, taintDraining)
 	delete(o.Labels, v1alpha1.NodeGroupLabel)
-	maps.DeleteFunc(o.Labels, func(key, _ string) bool { return strings.HasPrefix(key, labelWarmPrefix) })
 }
 
 func set(m *map[string]string, key, value string) {

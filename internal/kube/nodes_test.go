@@ -231,7 +231,7 @@ func TestFailuresAreTold(t *testing.T) {
 	}
 }
 
-func TestRunnerPods(t *testing.T) {
+func TestPodsOn(t *testing.T) {
 	pod := func(name, node string, change func(*corev1.Pod)) *corev1.Pod {
 		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ci", Name: name}, Spec: corev1.PodSpec{NodeName: node}}
 		change(p)
@@ -247,9 +247,13 @@ func TestRunnerPods(t *testing.T) {
 			p.OwnerReferences = []metav1.OwnerReference{{Kind: "DaemonSet", Controller: new(true)}}
 		}),
 	)
-	pods, err := NewNodes(c, engineSelector(t)).RunnerPods(t.Context(), "n")
+	pods, err := NewNodes(c, engineSelector(t)).PodsOn(t.Context(), "n")
 	must(t, err)
-	if len(pods) != 1 || pods[0].Name != "job" {
-		t.Errorf("runner pods %v; want job alone", pods)
+	kinds := map[string]model.PodKind{}
+	for _, p := range pods {
+		kinds[p.Name] = p.Kind
+	}
+	if diff := cmp.Diff(map[string]model.PodKind{"job": model.PodRunner, "engine": model.PodEngine}, kinds); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

@@ -30,6 +30,7 @@ func nodeFrom(n *corev1.Node) model.Node {
 			Reason:        n.Annotations[annotationReason],
 			Protected:     n.Annotations[annotationScaleDownDisabled] == "true",
 			ProtectedByUs: n.Annotations[annotationProtectedBy] == protectedByUs,
+			Warm:          warmKeys(n),
 		},
 		Labels: n.Labels,
 	}
@@ -94,12 +95,16 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 		return out
 	}
 	out.Created = p.CreationTimestamp.Time
+	out.IP = p.Status.PodIP
 	if p.Status.StartTime != nil {
 		out.Started = p.Status.StartTime.Time
 	}
-	out.Finished = finished(p)
+	out.Finished, out.Failed = finished(p), p.Status.Phase == corev1.PodFailed
 	if label := p.Spec.NodeSelector[v1alpha1.NodeGroupLabel]; label != "" {
 		out.Group = r.groupOf(label)
+	}
+	if out.Kind == model.PodEngine {
+		out.Engine = engineContainer(p)
 	}
 	if out.Kind == model.PodRunner {
 		group := out.Group
@@ -107,6 +112,9 @@ func (r podReader) pod(p *corev1.Pod) model.Pod {
 			group = r.nodeGroup(out.Node)
 		}
 		out.Key = CacheKey(p.Labels, p.Annotations, r.keysFor(group))
+	}
+	if out.Kind == model.PodEngine {
+		out.EngineState = engineState(p)
 	}
 	return out
 }
@@ -123,6 +131,30 @@ func (r podReader) kind(p *corev1.Pod) model.PodKind {
 		return model.PodIgnored
 	}
 	return model.PodRunner
+}
+
+// engineContainerName is the container's name in Dagger's Helm chart.
+const engineContainerName = "dagger-engine"
+
+// engineContainer tells of the container that has the chart's name, else of the
+// first: what a cluster adds to pods usually comes after.
+func engineContainer(p *corev1.Pod) *model.EngineContainer {
+	out := &model.EngineContainer{Grace: corev1.DefaultTerminationGracePeriodSeconds * time.Second}
+	if s := p.Spec.TerminationGracePeriodSeconds; s != nil {
+		out.Grace = time.Duration(*s) * time.Second
+	}
+	containers := p.Spec.Containers
+	if len(containers) == 0 {
+		return out
+	}
+	at := max(0, slices.IndexFunc(containers, func(c corev1.Container) bool { return c.Name == engineContainerName }))
+	out.Image = containers[at].Image
+	for _, c := range p.Status.ContainerStatuses {
+		if end := c.State.Terminated; c.Name == containers[at].Name && end != nil {
+			out.Exit = &model.ContainerExit{Code: end.ExitCode, At: end.FinishedAt.Time}
+		}
+	}
+	return out
 }
 
 // finished returns when the last container of a pod that is over ended, and
@@ -164,9 +196,12 @@ const maxKeyLength = 253
 //
 //   - hearth.dev/cache-key, which people set where they know better;
 //   - GitHub's actions-runner-controller: namespace and name of the runner
-//     scale set (labels, set by its controller);
+//     scale set (labels that it puts on runners, and on listeners, which run no
+//     jobs and have no key);
 //   - GitLab Runner: the project's id (an annotation, in newer versions also a
-//     label).
+//     label);
+//   - Buildkite's agent-stack-k8s: the pipeline's slug, else the repository
+//     (annotations).
 //
 // A key longer than 253 bytes is cut and ends in a hash of all of it.
 func CacheKey(labels, annotations map[string]string, keys []string) model.CacheKey {
@@ -183,11 +218,16 @@ func CacheKey(labels, annotations map[string]string, keys []string) model.CacheK
 		}
 		return prefix + strings.Join(values, "/")
 	}
+	if labels["app.kubernetes.io/component"] == "runner-scale-set-listener" {
+		return ""
+	}
 	return bounded(cmp.Or(
 		joined("", keys...),
 		value(labelCacheKey),
 		joined("", "actions.github.com/scale-set-namespace", "actions.github.com/scale-set-name"),
 		joined("gitlab/", "project.runner.gitlab.com/id"),
+		joined("buildkite/", "buildkite.com/pipeline-slug"),
+		joined("buildkite/", "buildkite.com/build-repo"),
 	))
 }
 

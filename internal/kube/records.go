@@ -36,6 +36,7 @@ func groupStatus(r nodegroups.Record, s model.GroupSummary) v1alpha1.RunnerNodeG
 		i := r.Intents[id]
 		status.Intents = append(status.Intents, v1alpha1.Intent{
 			InstanceID: string(id), Desired: string(i.Desired), Stage: string(i.Stage), Since: stamp(i.Since),
+			Engine: i.Engine, Exit: string(i.Exit),
 		})
 	}
 	for phase, n := range s.Phases {
@@ -55,6 +56,7 @@ func recordFrom(s v1alpha1.RunnerNodeGroupStatus) nodegroups.Record {
 	for _, i := range s.Intents {
 		r.Intents[model.InstanceID(i.InstanceID)] = nodegroups.Intent{
 			Desired: model.Desired(i.Desired), Stage: nodegroups.Stage(i.Stage), Since: fromStamp(i.Since),
+			Engine: i.Engine, Exit: nodegroups.Exit(i.Exit),
 		}
 	}
 	return r

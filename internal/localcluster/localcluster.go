@@ -16,8 +16,10 @@
 //     annotation it becomes Ready again.
 //   - A pod bound to such a Node is Running at once, also a DaemonSet's. It ends as Succeeded
 //     when demo.hearth.dev/run-for (a Go duration such as "8s") has passed since its start,
-//     which the API keeps to the second; without the annotation it runs until it is deleted,
-//     and then is gone at once.
+//     which the API keeps to the second; without the annotation it runs until it is deleted.
+//   - A pod that is deleted stops at once, or when demo.hearth.dev/stop-after has passed. Its
+//     containers then have ended with the exit code 0, or that of demo.hearth.dev/exit-code, and
+//     the pod is deleted for good; if a finalizer keeps it, that can be read.
 //   - Pods have addresses in 127.1.0.0/16: what is dialled there never leaves the machine.
 package localcluster
 
@@ -47,6 +49,9 @@ const (
 	FakeNodeAnnotation = "kwok.x-k8s.io/node" // on Nodes: "fake"
 	UnreadyAnnotation  = "kwok.hearth.dev/unready"
 	RunForAnnotation   = "demo.hearth.dev/run-for"
+	// On pods: how long they take to stop, a Go duration, and their exit code.
+	StopAfterAnnotation = "demo.hearth.dev/stop-after"
+	ExitCodeAnnotation  = "demo.hearth.dev/exit-code"
 )
 
 // startTimeout bounds Start where the machine is slow; it takes seconds where it is not.

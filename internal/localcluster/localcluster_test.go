@@ -116,6 +116,38 @@ func TestCluster(t *testing.T) {
 		})
 	})
 
+	t.Run("pod that a finalizer keeps shows its exit code", func(t *testing.T) {
+		pod := fakePod("kept")
+		pod.Finalizers = []string{"example.com/kept"}
+		pod.Annotations = map[string]string{StopAfterAnnotation: "1h", ExitCodeAnnotation: "137"}
+		if _, err := pods.Create(ctx, pod, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 10*time.Second, phaseIs(ctx, client, "kept", corev1.PodRunning))
+		if err := pods.Delete(ctx, "kept", metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		patch := []byte(`{"metadata":{"annotations":{"demo.hearth.dev/stop-after":"1s"}}}`)
+		if _, err := pods.Patch(ctx, "kept", "application/merge-patch+json", patch, metav1.PatchOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 10*time.Second, phaseIs(ctx, client, "kept", corev1.PodFailed))
+		got, err := pods.Get(ctx, "kept", metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ended := got.Status.ContainerStatuses[0].State.Terminated; ended == nil || ended.ExitCode != 137 {
+			t.Errorf("its container is %+v, want one that ended with 137", got.Status.ContainerStatuses[0].State)
+		}
+		if _, err := pods.Patch(ctx, "kept", "application/merge-patch+json", []byte(`{"metadata":{"finalizers":null}}`), metav1.PatchOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, 5*time.Second, func() error {
+			_, err := pods.Get(ctx, "kept", metav1.GetOptions{})
+			return wantNotFound(err)
+		})
+	})
+
 	t.Run("daemon set runs on every node", func(t *testing.T) {
 		create(t, fakeNode("second"))
 		if _, err := client.AppsV1().DaemonSets("default").Create(ctx, engines(), metav1.CreateOptions{}); err != nil {

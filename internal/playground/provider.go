@@ -134,6 +134,9 @@ func (r *Provider) Uninstall(ctx context.Context) error {
 // Kill ends the process as kill -9 does, and waits until it is gone.
 func (r *Provider) Kill() { r.process.Kill() }
 
+// Signal sends the process a signal; SIGSTOP makes it a host that hangs.
+func (r *Provider) Signal(s os.Signal) error { return r.process.Signal(s) }
+
 // Terminate asks the process to end, and returns how it ended.
 func (r *Provider) Terminate(ctx context.Context) error {
 	if err := r.process.Signal(syscall.SIGTERM); err != nil {

@@ -120,7 +120,7 @@ func TestTemplate(t *testing.T) {
 		v.Group.Template = model.Template{
 			Capacity:    map[string]string{"cpu": "4", "memory": "8Gi", "pods": "10"},
 			Allocatable: map[string]string{"cpu": "3500m", "memory": "7Gi", "pods": "10"},
-			Labels:      map[string]string{"kubernetes.io/arch": "arm64"},
+			Labels:      map[string]string{"kubernetes.io/arch": "arm64", "cache.hearth.dev/90db8b73387fa482": "warm"},
 		}
 	})
 	client := serve(t, fleet.show()).cloudClient(t)

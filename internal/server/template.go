@@ -3,6 +3,7 @@ package server
 import (
 	"fmt"
 	"maps"
+	"strings"
 
 	v1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -13,6 +14,9 @@ import (
 
 // nodeGroupLabel is on every node of a group; its value is the group's id.
 const nodeGroupLabel = model.Prefix + "/node-group"
+
+// warmLabelPrefix starts the labels of keys that a node is warm for.
+const warmLabelPrefix = "cache." + model.Prefix + "/"
 
 // encodeTemplate describes a node that the group would get, complete: what is
 // missing here, CA's scheduling simulation does not know.
@@ -32,6 +36,9 @@ func encodeTemplate(group model.NodeGroup) ([]byte, error) {
 	name := "template-" + string(group.ID)
 	labels := map[string]string{v1.LabelOSStable: "linux", v1.LabelArchStable: "amd64"}
 	maps.Copy(labels, t.Labels)
+	// A new node is warm for nothing: if it were promised to be, nodes would be
+	// launched without end for a pod that requires it.
+	maps.DeleteFunc(labels, func(key, _ string) bool { return strings.HasPrefix(key, warmLabelPrefix) })
 	if t.Zone != "" {
 		labels[v1.LabelTopologyZone] = t.Zone
 	}

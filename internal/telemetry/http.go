@@ -17,7 +17,7 @@ import (
 // stopWithin is how long requests may take after the server was told to stop.
 const stopWithin = 5 * time.Second
 
-// HTTPConfig is what an HTTP server needs. All fields are required.
+// HTTPConfig is what an HTTP server needs. All fields but API are required.
 type HTTPConfig struct {
 	// Listener is where it serves; Run closes it.
 	Listener net.Listener
@@ -26,9 +26,11 @@ type HTTPConfig struct {
 	// must not block.
 	Ready  func() error
 	Logger *slog.Logger
+	// API serves what is below /api/.
+	API http.Handler
 }
 
-// HTTP serves /metrics, /healthz (the process runs) and /readyz.
+// HTTP serves /metrics, /healthz (the process runs), /readyz and /api/.
 type HTTP struct {
 	listener net.Listener
 	server   *http.Server
@@ -57,6 +59,9 @@ func NewHTTP(c HTTPConfig) (*HTTP, error) {
 		}
 		_, _ = io.WriteString(w, "ok\n")
 	})
+	if c.API != nil {
+		mux.Handle("/api/", c.API)
+	}
 	return &HTTP{listener: c.Listener, server: &http.Server{
 		Handler:           mux,
 		ErrorLog:          errorLog,

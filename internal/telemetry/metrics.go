@@ -19,9 +19,14 @@ type Metrics struct {
 	Jobs    *prometheus.CounterVec   // nodegroup, temperature
 	JobWait *prometheus.HistogramVec // nodegroup; seconds
 
+	EngineCacheBytes *prometheus.GaugeVec // nodegroup
+	EngineClients    *prometheus.GaugeVec // nodegroup
+
 	ScaleEvents      *prometheus.CounterVec // nodegroup, action, reason
 	Vetoes           *prometheus.CounterVec // nodegroup, reason
 	AnnotationErrors *prometheus.GaugeVec   // nodegroup
+
+	Placements *prometheus.CounterVec // result
 
 	CloudRequestDuration *prometheus.HistogramVec // operation, code; seconds
 	SnapshotAge          prometheus.Gauge         // seconds
@@ -57,9 +62,14 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		JobWait: histograms("hearth_job_wait_seconds", "Time from a CI job's pod being created to its start.",
 			[]float64{1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800}, "nodegroup"),
 
+		EngineCacheBytes: gauges("hearth_engine_cache_bytes", "Bytes in the caches of the node group's engines, parked ones too, as far as their metrics told.", "nodegroup"),
+		EngineClients:    gauges("hearth_engine_connected_clients", "Sessions connected to the node group's engines, as far as their metrics tell.", "nodegroup"),
+
 		ScaleEvents:      counters("hearth_scale_events_total", "Nodes that something happened to, by what and why.", "nodegroup", "action", "reason"),
 		Vetoes:           counters("hearth_veto_total", "Requests of cluster-autoscaler to delete nodes that were vetoed, by reason.", "nodegroup", "reason"),
 		AnnotationErrors: gauges("hearth_annotation_errors", "Annotations of the node group that cannot be used and are ignored.", "nodegroup"),
+
+		Placements: counters("hearth_placement_requests_total", "Pods that the placement webhook was asked about: placed, late (warm nodes exist and have been full for long), says (the pod says itself where to run), foreign (no runner pod of a known key), bad (cannot be read).", "result"),
 
 		CloudRequestDuration: histograms("hearth_cloud_request_duration_seconds", "Duration of requests to the cloud by operation and result.",
 			[]float64{.01, .03, .1, .3, 1, 3, 10, 30}, "operation", "code"),
@@ -74,6 +84,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	for _, result := range []string{"success", "failure"} {
 		m.configReloads.WithLabelValues(result)
 	}
+	for _, result := range []string{"placed", "late", "says", "foreign", "bad"} {
+		m.Placements.WithLabelValues(result)
+	}
 	return m
 }
 
@@ -82,6 +95,7 @@ func (m *Metrics) ForgetGroup(id string) {
 	group := prometheus.Labels{"nodegroup": id}
 	for _, vec := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
 		m.Nodes, m.TargetSize, m.HiddenNodes, m.Jobs, m.JobWait, m.ScaleEvents, m.Vetoes, m.AnnotationErrors,
+		m.EngineCacheBytes, m.EngineClients,
 	} {
 		vec.DeletePartialMatch(group)
 	}

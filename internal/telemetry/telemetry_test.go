@@ -130,7 +130,7 @@ func TestMetricsAreWellFormed(t *testing.T) {
 	want := []string{
 		"hearth_annotation_errors", "hearth_build_info", "hearth_cloud_request_duration_seconds", "hearth_config_last_reload_successful",
 		"hearth_config_reloads_total", "hearth_job_wait_seconds", "hearth_jobs_total", "hearth_leader", "hearth_nodegroup_hidden_nodes",
-		"hearth_nodegroup_nodes", "hearth_nodegroup_target_size", "hearth_scale_events_total", "hearth_snapshot_age_seconds", "hearth_veto_total",
+		"hearth_nodegroup_nodes", "hearth_nodegroup_target_size", "hearth_placement_requests_total", "hearth_scale_events_total", "hearth_snapshot_age_seconds", "hearth_veto_total",
 	}
 	families, err := reg.Gather()
 	if err != nil {
@@ -209,6 +209,7 @@ func TestHTTP(t *testing.T) {
 	unready.Store(true)
 	server, err := telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listener, Gatherer: reg, Logger: slog.New(slog.DiscardHandler),
+		API: http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) { _, _ = io.WriteString(w, "the API at "+q.URL.Path) }),
 		Ready: func() error {
 			if unready.Load() {
 				return errors.New("waiting for the first snapshot")
@@ -252,6 +253,7 @@ func TestHTTP(t *testing.T) {
 	unready.Store(false)
 	check("GET", "/readyz", 200, "ok")
 	check("GET", "/metrics", 200, `hearth_nodegroup_target_size{nodegroup="a"} 3`)
+	check("GET", "/api/v1/x", 200, "the API at /api/v1/x")
 	check("POST", "/metrics", 405, "")
 	check("GET", "/", 404, "")
 

@@ -20,3 +20,21 @@ type EngineReading struct {
 	// Version of the engine as it names itself; empty when it does not.
 	Version string
 }
+
+// EngineContainer is what an engine's pod says of the container in it that runs
+// the engine.
+type EngineContainer struct {
+	// Image as the pod asks for it.
+	Image string
+	// Grace is how long the container may take to stop before it is killed.
+	Grace time.Duration
+	// Exit says how the container ended; nil while it runs, waits for its
+	// start, or nothing is known.
+	Exit *ContainerExit
+}
+
+// ContainerExit is the end of a container, as its kubelet reports it.
+type ContainerExit struct {
+	Code int32 // 128 + the signal when one killed it
+	At   time.Time
+}

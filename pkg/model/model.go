@@ -212,8 +212,8 @@ type Node struct {
 	Labels map[string]string
 }
 
-// Marks are the annotations that Hearth keeps on the nodes of runner groups
-// (design: "On the nodes").
+// Marks are the annotations and labels that Hearth keeps on the nodes of runner
+// groups.
 type Marks struct {
 	Decision Decision
 	Reason   string
@@ -221,22 +221,42 @@ type Marks struct {
 	// ProtectedByUs: we set it and may take it off; a person's own stays.
 	Protected     bool
 	ProtectedByUs bool
+	// Warm are the keys that the node's labels call it warm for.
+	Warm WarmKeys
 }
+
+// MaxWarmLabels bounds the keys that a node's labels call it warm for.
+const MaxWarmLabels = 20
+
+// WarmKeys are cache keys in ascending order; the places left are empty.
+type WarmKeys [MaxWarmLabels]CacheKey
 
 // Pod is what matters of a pod that is bound to a node of ours or waits for
 // one.
 type Pod struct {
 	Namespace, Name, UID string
+	// EngineState is zero unless the pod is an engine's.
+	EngineState EngineState
 	// Node is empty until the pod is bound.
 	Node NodeName
 	Key  CacheKey
+	// Job is the key of the job that the pod's runner has picked up, where that
+	// is known only then and says more than Key; else empty.
+	Job CacheKey
 	// Kind tells a job from an engine and from what may be ignored.
 	Kind PodKind
 	// Created, Started and Finished as in the pod's status.
 	Created, Started, Finished time.Time
+	// Failed: it has finished, and not with success.
+	Failed bool
 	// Group is the node group that the pod asks for by its node selector,
 	// empty when it does not say.
 	Group GroupID
+	// IP is the address of the pod, empty until it has one.
+	IP string
+	// Engine tells of the container in which the engine runs; nil unless the
+	// pod is an engine's.
+	Engine *EngineContainer
 }
 
 // PodKind tells what a pod is to Hearth.
@@ -248,9 +268,3 @@ const (
 	PodRunner                 // runs CI jobs: keeps its node busy until it finishes
 	PodEngine                 // a Dagger engine
 )
-
-// KeyUse is what is known of one cache key on one node.
-type KeyUse struct {
-	Last  time.Time // end of the last job of this key, or its start while it runs
-	Count int       // jobs of this key that ran here
-}

@@ -29,9 +29,14 @@ const (
 	Taint                Verb = "taint"
 	Untaint              Verb = "untaint"
 	ClearAutoscalerTaint Verb = "clear-autoscaler-taint"
-	// Confirm lists the runner pods of Node by a live read and answers with a
-	// Confirmed event.
+	// Confirm lists the runner pods and engines of Node by a live read and
+	// answers with a Confirmed event.
 	Confirm Verb = "confirm"
+	// StopEngine puts our finalizer on the pod Engine and deletes it, both with
+	// its UID as precondition. When there is no such pod any more it answers
+	// with an EngineGone event. ReleaseEngine takes the finalizer off.
+	StopEngine    Verb = "stop-engine"
+	ReleaseEngine Verb = "release-engine"
 	// DeleteNode deletes the Node object, with its UID as precondition.
 	DeleteNode Verb = "delete-node"
 )
@@ -46,6 +51,7 @@ type Effect struct {
 	Desired   int                // Resize
 	Instances []model.InstanceID // Terminate, Stop, Start, sorted
 	Node      model.Node         // the others
+	Engine    model.Pod          // StopEngine, ReleaseEngine
 }
 
 // key identifies an effect among those of its group that are under way.
@@ -67,7 +73,7 @@ func (g *Group) Ready(now time.Time) (Outcome, []Effect) {
 	if out.Commit > CommitNone {
 		g.record.Sequence++
 	}
-	effects := append(g.cloudEffects(now), g.nodeEffects(now)...)
+	effects := slices.Concat(g.cloudEffects(now), g.nodeEffects(now), g.engineEffects(now))
 	for _, e := range effects {
 		g.inflight[e.key()] = true
 		delete(g.retryAt, e.key())
@@ -102,20 +108,15 @@ func (g *Group) advance(id model.InstanceID, now time.Time, out *Outcome) {
 		return
 	}
 	m := g.members[id]
-	node, registered := g.nodes[id]
 	switch intent.Stage {
 	case StageDraining:
-		// A node that never registered or is dead has nothing to drain.
-		// Otherwise our taint must be on, and a live read must have found it
-		// idle since.
-		if registered && !dead(node, now) && (!node.Draining || g.busy[id] || !m.confirmed) {
-			return
-		}
-		intent.Stage, intent.Since = StageStopping, now
-		g.record.Intents[id] = intent
-		out.note(CommitFirst, "stop", "drained", 1, id)
+		g.advanceDrain(id, intent, now, out)
+	case StageEngine:
+		g.advanceEngine(id, intent, now, out)
+	case StageStopping:
+		g.advanceStop(id, intent, now, out)
 	case StageStarting:
-		switch {
+		switch node := g.nodes[id]; {
 		case node.Ready && m.cloud.State == model.InstanceRunning:
 			m.wasReady = true
 			delete(g.record.Intents, id)
@@ -124,8 +125,8 @@ func (g *Group) advance(id model.InstanceID, now time.Time, out *Outcome) {
 			// It stays wanted: the sizes do not change, so a launch takes its
 			// place within the same scale-up. Its Node may be there, and Ready
 			// by now.
-			g.record.Intents[id] = Intent{model.DesiredGone, StageDraining, now}
-			m.tainted, m.confirmed = false, false
+			g.record.Intents[id] = Intent{Desired: model.DesiredGone, Stage: StageDraining, Since: now}
+			m.beginDrain()
 			g.askedAt = now
 			out.note(CommitFirst, "launch", "resume-failed", 1, id)
 		}
@@ -139,7 +140,7 @@ func (g *Group) boundParked(now time.Time, out *Outcome) {
 		return i.Desired == model.DesiredParked && i.Stage == StageStopping
 	})
 	end := func(id model.InstanceID, reason string) {
-		g.record.Intents[id] = Intent{model.DesiredGone, StageStopping, now}
+		g.record.Intents[id] = Intent{Desired: model.DesiredGone, Stage: StageStopping, Since: now}
 		out.note(CommitFirst, "terminate", reason, 1, id)
 	}
 	parked = slices.DeleteFunc(parked, func(id model.InstanceID) bool {
@@ -187,7 +188,7 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 				g.members[id].cloud.State != "" && g.members[id].cloud.State != model.InstanceTerminating
 		},
 		Stop: func(id model.InstanceID, i Intent) bool {
-			return i.Desired == model.DesiredParked && i.Stage == StageStopping && active(g.members[id].cloud.State)
+			return i.Desired == model.DesiredParked && i.Stage == StageStopping && active(g.members[id].cloud.State) && !g.held(id, i, now)
 		},
 		Start: func(id model.InstanceID, i Intent) bool {
 			return i.Desired == model.DesiredRunning && g.members[id].cloud.State == model.InstanceStopped
@@ -233,6 +234,10 @@ func (g *Group) nodeEffects(now time.Time) []Effect {
 				add(Taint, node)
 			case !g.busy[id] && !m.confirmed:
 				add(Confirm, node)
+			}
+		case intended && intent.Stage == StageEngine:
+			if !node.Draining { // somebody took it off: the engine would come back
+				add(Taint, node)
 			}
 		case intended && intent.Stage == StageStopping:
 			// A reading that is older than the Node says nothing about it;

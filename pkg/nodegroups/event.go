@@ -27,10 +27,23 @@ type (
 	// Hearth: its Node may be deleted when the instance has gone meanwhile. A
 	// Node's own label is no proof of that.
 	Known struct{ Instance model.InstanceID }
-	// ObserveBusy says whether runner pods or engine clients are on it.
+	// ObserveBusy says whether runner pods are on it.
 	ObserveBusy struct {
 		Instance model.InstanceID
 		Busy     bool
+	}
+	// ObserveEngine is the present state of the engine pods on it; there
+	// should be one.
+	ObserveEngine struct {
+		Instance model.InstanceID
+		Pods     []model.Pod
+	}
+	// ObserveUse says whether sessions are connected to its engine, as of the
+	// sample at a time.
+	ObserveUse struct {
+		Instance model.InstanceID
+		Activity model.Activity
+		At       time.Time
 	}
 	// Decide is the plan: it replaces all earlier verdicts of the group.
 	Decide struct{ Verdicts []model.Verdict }
@@ -55,10 +68,17 @@ type (
 		Prefer []model.InstanceID
 		Reason string
 	}
-	// Confirmed answers a Confirm effect.
+	// Confirmed answers a Confirm effect: whether no runner pods are on the
+	// node, and which engine pods are.
 	Confirmed struct {
 		Instance model.InstanceID
 		Idle     bool
+		Engines  []model.Pod
+	}
+	// EngineGone answers a StopEngine effect: the pod does not exist.
+	EngineGone struct {
+		Instance model.InstanceID
+		UID      string
 	}
 	// Done reports the end of an effect at a time.
 	Done struct {
@@ -74,6 +94,8 @@ func (ObserveNode) isEvent()        {}
 func (ObserveNodeGone) isEvent()    {}
 func (Known) isEvent()              {}
 func (ObserveBusy) isEvent()        {}
+func (ObserveEngine) isEvent()      {}
+func (ObserveUse) isEvent()         {}
 func (Decide) isEvent()             {}
 func (Refresh) isEvent()            {}
 func (Forget) isEvent()             {}
@@ -82,4 +104,5 @@ func (DeleteNodes) isEvent()        {}
 func (DecreaseTargetSize) isEvent() {}
 func (Prescale) isEvent()           {}
 func (Confirmed) isEvent()          {}
+func (EngineGone) isEvent()         {}
 func (Done) isEvent()               {}

@@ -55,7 +55,10 @@ type Stage string
 const (
 	// StageDraining: new work is kept away; the node may be taken back.
 	StageDraining Stage = "Draining"
-	// StageStopping: engine and instance are being ended; no way back.
+	// StageEngine: the engine has been told to stop, or is about to be; no way
+	// back from here on.
+	StageEngine Stage = "StoppingEngine"
+	// StageStopping: the instance is being ended, or has been.
 	StageStopping Stage = "Stopping"
 	// StageStarting: a parked instance is being resumed.
 	StageStarting Stage = "Starting"
@@ -65,7 +68,11 @@ const (
 type Intent struct {
 	Desired model.Desired
 	Stage   Stage
-	Since   time.Time
+	Since   time.Time // when the stage began
+	// Engine is the UID of the engine pod that is or was to stop, empty when
+	// there was none. Exit is how that ended, empty until it has.
+	Engine string
+	Exit   Exit
 }
 
 // leaving says whether the instance is no longer the group's capacity.
@@ -97,8 +104,12 @@ type member struct {
 	readySince time.Time
 	wasReady   bool
 	// Of the present drain: our taint was put on, and a live read found no
-	// runner pods since.
+	// runner pods since, at a time, and these engines. engineGone is the UID of
+	// an engine that does not exist any more.
 	tainted, confirmed bool
+	confirmedAt        time.Time
+	engines            []model.Pod
+	engineGone         string
 	// takenBack: taints are to come off, whether they are seen or not.
 	takenBack bool
 }
@@ -116,6 +127,8 @@ type Group struct {
 	synced    bool
 	nodes     map[model.InstanceID]model.Node
 	busy      map[model.InstanceID]bool
+	engines   map[model.InstanceID][]model.Pod
+	uses      map[model.InstanceID]ObserveUse
 	verdicts  map[model.InstanceID]model.Verdict
 
 	// Derived bookkeeping.
@@ -160,6 +173,8 @@ func NewGroup(spec model.NodeGroup, settings Settings, record Record) *Group {
 		spec: spec, settings: settings, record: record,
 		nodes:      map[model.InstanceID]model.Node{},
 		busy:       map[model.InstanceID]bool{},
+		engines:    map[model.InstanceID][]model.Pod{},
+		uses:       map[model.InstanceID]ObserveUse{},
 		verdicts:   map[model.InstanceID]model.Verdict{},
 		members:    members,
 		tombstones: map[model.InstanceID]time.Time{},
@@ -176,6 +191,8 @@ func (g *Group) Clone() *Group {
 	c.record.Intents = maps.Clone(g.record.Intents)
 	c.nodes = maps.Clone(g.nodes)
 	c.busy = maps.Clone(g.busy)
+	c.engines = maps.Clone(g.engines)
+	c.uses = maps.Clone(g.uses)
 	c.verdicts = maps.Clone(g.verdicts)
 	c.members = make(map[model.InstanceID]*member, len(g.members))
 	for id, m := range g.members {
@@ -249,6 +266,7 @@ type NodeStatus struct {
 	Hidden  bool
 	Busy    bool
 	Since   time.Time // of the intent, else of the launch
+	Exit    Exit      // of the engine, once it was told to stop and has
 	Verdict model.Verdict
 }
 
@@ -259,10 +277,10 @@ func (g *Group) Nodes() []NodeStatus {
 		m := g.members[id]
 		s := NodeStatus{
 			ID: id, Node: g.nodes[id], Phase: g.phase(id, m), Desired: model.DesiredRunning,
-			Hidden: m.hidden, Busy: g.busy[id], Since: m.cloud.LaunchedAt, Verdict: g.verdicts[id],
+			Hidden: m.hidden, Busy: g.occupied(id), Since: m.cloud.LaunchedAt, Verdict: g.verdicts[id],
 		}
 		if intent, ok := g.record.Intents[id]; ok {
-			s.Desired, s.Since = intent.Desired, intent.Since
+			s.Desired, s.Since, s.Exit = intent.Desired, intent.Since, intent.Exit
 		}
 		out = append(out, s)
 	}
@@ -283,6 +301,18 @@ func (g *Group) Unborn() (revealed, hidden int) {
 		}
 	}
 	return max(revealed, 0), max(hidden, 0)
+}
+
+// Coming returns how many hidden instances are on their way: wanted, and not
+// Ready yet.
+func (g *Group) Coming() int {
+	_, coming := g.Unborn()
+	for id, m := range g.members {
+		if m.hidden && !g.leaving(id) && g.neverReady(id) {
+			coming++
+		}
+	}
+	return coming
 }
 
 func (g *Group) hasIntent(id model.InstanceID) bool {
@@ -340,6 +370,7 @@ type Note struct {
 	Action, Reason string // stable words: labels of hearth_scale_events_total
 	Count          int
 	Instance       model.InstanceID // empty when it is about the group
+	Detail         string           // more for people, often empty
 }
 
 // Outcome is what a Step or Ready came to.
@@ -350,7 +381,7 @@ type Outcome struct {
 
 func (o *Outcome) note(c Commit, action, reason string, n int, id model.InstanceID) {
 	o.Commit = max(o.Commit, c)
-	o.Notes = append(o.Notes, Note{action, reason, n, id})
+	o.Notes = append(o.Notes, Note{Action: action, Reason: reason, Count: n, Instance: id})
 }
 
 // Step applies one event at a time now. An error means that it was refused and
@@ -373,6 +404,15 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 		g.busy[e.Instance] = e.Busy
 		if !e.Busy {
 			delete(g.busy, e.Instance)
+		} else if m := g.members[e.Instance]; m != nil {
+			m.confirmed = false // what was read before is not true any more
+		}
+	case ObserveEngine:
+		g.observeEngine(e.Instance, e.Pods)
+	case ObserveUse:
+		g.uses[e.Instance] = e
+		if e.Activity == model.ActivityUnknown {
+			delete(g.uses, e.Instance)
 		}
 	case Decide:
 		g.verdicts = make(map[model.InstanceID]model.Verdict, len(e.Verdicts))
@@ -396,7 +436,11 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 		g.prescale(e, now, &out)
 	case Confirmed:
 		if m := g.members[e.Instance]; m != nil {
-			m.confirmed = e.Idle
+			m.confirmed, m.confirmedAt, m.engines = e.Idle, now, e.Engines
+		}
+	case EngineGone:
+		if m := g.members[e.Instance]; m != nil {
+			m.engineGone = e.UID
 		}
 	case Done:
 		g.done(e, now)
@@ -452,7 +496,7 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 		}
 		if i.State == model.InstanceTerminating && !g.leaving(i.ID) {
 			g.lose(i.ID, "terminated-elsewhere", out)
-			g.record.Intents[i.ID] = Intent{model.DesiredGone, StageStopping, now}
+			g.record.Intents[i.ID] = Intent{Desired: model.DesiredGone, Stage: StageStopping, Since: now}
 		}
 	}
 	missing := false
@@ -501,7 +545,7 @@ func (g *Group) bind(i model.Instance, now time.Time, out *Outcome) {
 	stopped := i.State == model.InstanceStopped || i.State == model.InstanceStopping
 	switch {
 	case stopped:
-		g.record.Intents[i.ID] = Intent{model.DesiredParked, StageStopping, now}
+		g.record.Intents[i.ID] = Intent{Desired: model.DesiredParked, Stage: StageStopping, Since: now}
 		out.note(CommitSoon, "adopt", "stopped", 1, i.ID)
 	case revealed > 0:
 	default:
@@ -561,9 +605,10 @@ func (g *Group) vanish(id model.InstanceID, now time.Time, out *Outcome) {
 	delete(g.record.Intents, id)
 	if _, registered := g.nodes[id]; registered {
 		// Recorded until its Node is gone too: nobody else deletes that.
-		g.record.Intents[id] = Intent{model.DesiredGone, StageStopping, now}
+		g.record.Intents[id] = Intent{Desired: model.DesiredGone, Stage: StageStopping, Since: now}
 	}
 	delete(g.busy, id)
+	delete(g.uses, id)
 	delete(g.verdicts, id)
 	g.tombstones[id] = now
 }
@@ -725,7 +770,8 @@ func (g *Group) takeBack(n int, out *Outcome) (taken int) {
 func (g *Group) resume(n int, prefer []model.InstanceID, hidden bool, now time.Time, out *Outcome) (resumed int) {
 	parked := g.withIntent(func(id model.InstanceID, i Intent) bool {
 		_, registered := g.nodes[id]
-		return i.Desired == model.DesiredParked && g.members[id].cloud.State == model.InstanceStopped && !registered
+		return i.Desired == model.DesiredParked && i.Stage == StageStopping &&
+			g.members[id].cloud.State == model.InstanceStopped && !registered
 	})
 	rank := func(id model.InstanceID) int {
 		if at := slices.Index(prefer, id); at >= 0 {
@@ -735,7 +781,7 @@ func (g *Group) resume(n int, prefer []model.InstanceID, hidden bool, now time.T
 	}
 	slices.SortStableFunc(parked, func(a, b model.InstanceID) int { return cmp.Compare(rank(a), rank(b)) })
 	for _, id := range parked[:min(n, len(parked))] {
-		g.record.Intents[id] = Intent{model.DesiredRunning, StageStarting, now}
+		g.record.Intents[id] = Intent{Desired: model.DesiredRunning, Stage: StageStarting, Since: now}
 		delete(g.verdicts, id) // it must be released anew
 		m := g.members[id]
 		m.hidden, m.wasReady, m.adopted = hidden, false, false
@@ -797,7 +843,7 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 	}
 	for _, id := range members {
 		g.drop(id)
-		intent := Intent{model.DesiredGone, StageDraining, now}
+		intent := Intent{Desired: model.DesiredGone, Stage: StageDraining, Since: now}
 		// One that never came up holds nothing that is worth keeping.
 		if g.settings.Runner() && g.settings.Park == ParkStop && g.verdicts[id].Decision == model.DecisionPark && !g.neverReady(id) {
 			intent.Desired = model.DesiredParked
@@ -806,7 +852,7 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 			intent.Stage = StageStopping
 		}
 		g.record.Intents[id] = intent
-		g.members[id].tainted, g.members[id].confirmed = false, false
+		g.members[id].beginDrain()
 		out.note(CommitFirst, "drain", "scale-down", 1, id)
 	}
 	for _, id := range placeholders {
@@ -841,6 +887,8 @@ func (g *Group) veto(id model.InstanceID, now time.Time) error {
 		return nil
 	case g.busy[id]:
 		return Refuse(KindVetoed, g.spec.ID, "busy", "node %q runs a CI job", string(node.Name))
+	case g.occupied(id):
+		return Refuse(KindVetoed, g.spec.ID, "busy", "the engine on node %q has sessions", string(node.Name))
 	case !registered || g.neverReady(id):
 		return nil
 	}
@@ -883,13 +931,7 @@ func (g *Group) prescale(e Prescale, now time.Time, out *Outcome) {
 	if !g.synced || !g.settings.Runner() || now.Before(g.prescaleFrom) {
 		return
 	}
-	_, coming := g.Unborn()
-	for id, m := range g.members {
-		if m.hidden && !g.leaving(id) && g.neverReady(id) {
-			coming++
-		}
-	}
-	n := min(e.Want-coming, g.settings.PrescaleMax-g.record.Hidden, g.spec.Max-g.record.Target-g.record.Hidden)
+	n := min(e.Want-g.Coming(), g.settings.PrescaleMax-g.record.Hidden, g.spec.Max-g.record.Target-g.record.Hidden)
 	if n <= 0 {
 		return
 	}

@@ -32,6 +32,7 @@ func TestDrainsAndParking(t *testing.T) {
 			"call lands", "call ends", "call fails", "cluster is observed", "cluster is observed, more than once",
 			"read is answered", "read is delivered", "time passes briefly", "time passes briefly, again",
 			"instances move", "kubelet acts", "all boots", "refresh", "provider restarts",
+			"engine exits", "engine exits, another", "engine is meddled with", "session starts", "sessions end", "engines start",
 			"all is well", "all is quick")
 		s.converge()
 	})
@@ -51,11 +52,15 @@ func TestNodesAreObservedInAnyOrder(t *testing.T) {
 		}
 		var events []Event
 		for _, id := range slices.Sorted(maps.Keys(ids)) {
-			switch rapid.IntRange(0, 3).Draw(t, "event") {
+			switch rapid.IntRange(0, 5).Draw(t, "event") {
 			case 0:
 				events = append(events, ObserveNodeGone{id})
 			case 1:
 				events = append(events, ObserveBusy{id, rapid.Bool().Draw(t, "busy")})
+			case 2:
+				events = append(events, ObserveUse{id, rapid.SampledFrom([]model.Activity{"", "idle", "busy"}).Draw(t, "activity"), s.w.now})
+			case 3:
+				events = append(events, ObserveEngine{id, s.w.engines[id]})
 			default:
 				n := model.Node{Name: model.NodeName("node-" + id), UID: "uid-x", ID: id, Created: s.w.now, ReadyChanged: s.w.now}
 				n.Ready, n.Draining = rapid.Bool().Draw(t, "ready"), rapid.Bool().Draw(t, "draining")

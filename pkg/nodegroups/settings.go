@@ -45,6 +45,8 @@ type Settings struct {
 	PrescaleMax int
 	// NodePrice in dollars an hour; nil means the instance type's list price.
 	NodePrice *float64
+	// ParkedPrice in dollars an hour; nil means that of the disk.
+	ParkedPrice *float64
 	// TimeValue is what an hour of waiting costs, in dollars.
 	TimeValue   float64
 	ColdPenalty time.Duration
@@ -183,7 +185,8 @@ func Annotations() []Annotation {
 			return "off or on", v == "on" || v == "off"
 		}},
 		{"prescale-max", "int", "max", "hidden nodes at most", count(func(s *Settings) *int { return &s.PrescaleMax }, 0)},
-		{"node-price", "$/h", "instance type's list price", "price of a running node", optional(amount, func(s *Settings) **float64 { return &s.NodePrice }, wantAmount)},
+		{"node-price", "$/h", "instance type's list price where the backend knows it, else 0.40", "price of a running node", optional(amount, func(s *Settings) **float64 { return &s.NodePrice }, wantAmount)},
+		{"parked-price", "$/h", "3 % of node-price", "price of a parked node: its disks", optional(amount, func(s *Settings) **float64 { return &s.ParkedPrice }, wantAmount)},
 		{"time-value", "$/h", "30", "what an hour of waiting costs", required(amount, func(s *Settings) *float64 { return &s.TimeValue }, wantAmount)},
 		{"cold-penalty", "duration", "3m", "what a cold job loses, until measured", required(span, func(s *Settings) *time.Duration { return &s.ColdPenalty }, wantSpan)},
 		{"scale-down-unneeded-time", "duration", "10s (plain: CA's)", "passed through GetOptions", optional(span, func(s *Settings) **time.Duration { return &s.Options.ScaleDownUnneededTime }, wantSpan)},

@@ -105,6 +105,7 @@ func TestAnnotations(t *testing.T) {
 		},
 		"prescale-max":                         {[]good{{"2", func(s *Settings) { s.PrescaleMax = 2 }}}, counts},
 		"node-price":                           {[]good{{"0", func(s *Settings) { s.NodePrice = new(0.0) }}, {"0.4", func(s *Settings) { s.NodePrice = new(0.4) }}}, amounts},
+		"parked-price":                         {[]good{{"0.02", func(s *Settings) { s.ParkedPrice = new(0.02) }}}, amounts},
 		"time-value":                           {[]good{{"10000", func(s *Settings) { s.TimeValue = 10000 }}}, amounts},
 		"cold-penalty":                         {[]good{{"90s", func(s *Settings) { s.ColdPenalty = 90 * time.Second }}}, spans},
 		"scale-down-unneeded-time":             {[]good{{"10s", func(s *Settings) { s.Options.ScaleDownUnneededTime = new(10 * time.Second) }}}, spans},

@@ -42,6 +42,10 @@ type sim struct {
 	omitted   map[model.InstanceID]bool      // left out of a reading once already
 	nodeless  map[model.InstanceID]bool      // deleted while it had no Node, or robbed of it
 	recovered map[model.InstanceID]time.Time // a Node was NotReady until then
+	meddled   map[model.InstanceID]bool      // somebody else has ended its engine
+	metrics   bool                           // engines have metrics
+	tolerant  bool                           // engines tolerate our taint
+	exitCode  int                            // of engines that are told to stop
 	maxEver   int
 	foreign   int // instances that nobody here asked for
 	lost      int // instances that the cloud lost
@@ -55,9 +59,11 @@ type sim struct {
 
 // call is an effect under way.
 type call struct {
-	effect       Effect
-	at           time.Time
-	landed, idle bool
+	effect Effect
+	at     time.Time
+	landed bool
+	answer bool        // of Confirm: idle; of StopEngine: gone
+	pods   []model.Pod // of Confirm
 }
 
 // reading is a read of the cloud under way: begun, then answered, then
@@ -70,10 +76,16 @@ type reading struct {
 
 // sighting is the state of a Node and its jobs that is about to be observed.
 type sighting struct {
-	at   time.Time
-	id   model.InstanceID
-	node model.Node // zero: none
-	busy bool
+	at      time.Time
+	id      model.InstanceID
+	node    model.Node // zero: none
+	busy    bool
+	engines []model.Pod
+}
+
+// sight is what there is to be seen of an instance.
+func (s *sim) sight(id model.InstanceID) sighting {
+	return sighting{id: id, node: s.w.nodes[id], busy: s.w.jobs[id], engines: s.w.engines[id]}
 }
 
 func newSim(t *rapid.T) *sim {
@@ -84,6 +96,10 @@ func newSim(t *rapid.T) *sim {
 		nodeless:     map[model.InstanceID]bool{},
 		recovered:    map[model.InstanceID]time.Time{},
 		placeholders: map[model.InstanceID]bool{},
+		meddled:      map[model.InstanceID]bool{},
+		metrics:      rapid.Bool().Draw(t, "metrics"),
+		tolerant:     rapid.IntRange(0, 7).Draw(t, "tolerant") == 7,
+		exitCode:     rapid.SampledFrom([]int{0, 0, 137}).Draw(t, "exit code"),
 	}
 	// A fleet that is older than its provider.
 	s.foreign = rapid.IntRange(0, 3).Draw(t, "old instances")
@@ -124,9 +140,15 @@ func (s *sim) begin() {
 		s.observe(ObserveNode{s.w.nodes[id]})
 		s.observe(ObserveBusy{id, s.w.jobs[id]})
 	}
+	for _, id := range slices.Sorted(maps.Keys(s.w.engines)) {
+		s.observe(ObserveEngine{id, s.w.engines[id]})
+	}
 	clear(s.queued)
-	for id, n := range s.w.nodes {
-		s.queued[id] = sighting{id: id, node: n, busy: s.w.jobs[id]}
+	for id := range s.w.nodes {
+		s.queued[id] = s.sight(id)
+	}
+	for id := range s.w.engines {
+		s.queued[id] = s.sight(id)
 	}
 	s.beginRead()
 }
@@ -172,6 +194,13 @@ func (s *sim) actions() map[string]func() {
 		"job starts":              s.jobStarts,
 		"job ends":                s.jobEnds,
 		"node is deleted by hand": s.deleteNodeByHand,
+		"engines start":           s.enginesStart,
+		"engine exits":            s.engineExits,
+		"engine exits, another":   s.engineExits,
+		"engine is meddled with":  s.meddle,
+		"session starts":          s.sessionStarts,
+		"sessions end":            func() { clear(s.w.sessions) },
+		"engines are sampled":     s.sample,
 		"plan":                    s.decide,
 		"plan releases":           s.decide,
 		"prescale":                s.prescale,
@@ -284,6 +313,9 @@ func (s *sim) keep(g *Group, out Outcome) {
 	s.unsaved = s.unsaved || out.Commit == CommitSoon
 	for _, n := range out.Notes {
 		s.t.Logf("· %s %s %d %s", n.Action, n.Reason, n.Count, n.Instance)
+		if _, registered := g.nodes[n.Instance]; n.Action == "stop" && !registered {
+			s.nodeless[n.Instance] = true // nobody to ask about an engine
+		}
 		switch n.Action {
 		case "launch":
 			s.ordered += n.Count
@@ -357,13 +389,14 @@ func (s *sim) land(c *call) {
 			if s.w.jobs[id] && s.g.settings.Runner() && !s.excused(id) {
 				s.t.Fatalf("%s of %s, which runs a job", e.Verb, id)
 			}
+			s.checkEngine(e.Verb, id)
 		}
 	case DeleteNode:
 		if s.w.nodes[e.Node.ID].UID == e.Node.UID && active(s.w.instances[e.Node.ID].State) {
 			s.t.Fatalf("the Node of %s is deleted, which is %s", e.Node.ID, s.w.instances[e.Node.ID].State)
 		}
 	}
-	c.idle = s.w.apply(e)
+	c.answer, c.pods = s.w.apply(e), s.w.engines[e.Node.ID]
 	s.notice()
 }
 
@@ -375,12 +408,30 @@ func (s *sim) excused(id model.InstanceID) bool {
 		s.w.now.Sub(s.recovered[id]) <= watchLag+callLag
 }
 
+// checkEngine: the cloud ends no engine whose exit was not recorded before, or
+// that was not given up; and stops none at all.
+func (s *sim) checkEngine(v Verb, id model.InstanceID) {
+	exit := s.stored.Intents[id].Exit
+	if v == Stop && active(s.w.instances[id].State) && s.w.spoiled[id] && !s.nodeless[id] && !s.meddled[id] {
+		s.t.Fatalf("%s is stopped to be parked, and its cache is lost; recorded is %+v", id, s.stored.Intents[id])
+	}
+	switch {
+	case !active(s.w.instances[id].State) || len(s.w.running(id)) == 0 || s.excused(id) || s.meddled[id]:
+	case exit == "" && s.tolerant: // it came back after the live read
+	case exit == "" || v == Stop && !s.tolerant:
+		s.t.Fatalf("%s of %s, whose engine runs; recorded is %+v\nengines %+v", v, id, s.stored.Intents[id], s.w.engines[id])
+	}
+}
+
 func (s *sim) end(c *call) {
 	if !c.landed {
 		s.land(c)
 	}
-	if c.effect.Verb == Confirm {
-		s.observe(Confirmed{c.effect.Node.ID, c.idle})
+	switch {
+	case c.effect.Verb == Confirm:
+		s.observe(Confirmed{c.effect.Node.ID, c.answer, c.pods})
+	case c.effect.Verb == StopEngine && c.answer:
+		s.observe(EngineGone{c.effect.Node.ID, c.effect.Engine.UID})
 	}
 	s.done(c, nil)
 }
@@ -455,13 +506,15 @@ func (s *sim) repeatRead() {
 // notice queues what has changed in the cluster.
 func (s *sim) notice() {
 	all := maps.Clone(s.queued)
-	for id := range s.w.nodes {
-		if _, queued := all[id]; !queued {
-			all[id] = sighting{}
+	for _, seen := range []map[model.InstanceID]bool{keys(s.w.nodes), keys(s.w.engines)} {
+		for id := range seen {
+			if _, queued := all[id]; !queued {
+				all[id] = sighting{}
+			}
 		}
 	}
 	for _, id := range slices.Sorted(maps.Keys(all)) {
-		now := sighting{id: id, node: s.w.nodes[id], busy: s.w.jobs[id]}
+		now := s.sight(id)
 		last := s.queued[id]
 		last.at = time.Time{}
 		if fmt.Sprint(now) != fmt.Sprint(last) {
@@ -485,6 +538,7 @@ func (s *sim) observeNext() {
 		s.observe(ObserveNode{next.node})
 	}
 	s.observe(ObserveBusy{next.id, next.busy})
+	s.observe(ObserveEngine{next.id, next.engines})
 }
 
 func (s *sim) timePasses() {
@@ -500,6 +554,7 @@ func (s *sim) pass(by time.Duration) {
 		by -= slice
 		s.w.now = s.w.now.Add(slice)
 		s.hurry()
+		s.sample()
 	}
 	s.ready()
 }
@@ -529,6 +584,7 @@ func (s *sim) quick() {
 	for len(s.watch) > 0 {
 		s.observeNext()
 	}
+	s.sample()
 	s.w.now = s.w.now.Add(time.Second)
 	s.reads = nil
 	s.beginRead()
@@ -540,6 +596,9 @@ func (s *sim) quick() {
 func (s *sim) boot() {
 	s.w.launch()
 	for _, id := range s.w.ids() {
+		if s.w.instances[id].State == model.InstanceRunning {
+			s.w.exitEngines(id, s.exitCode, s.notice)
+		}
 		s.moveOn(id)
 		if s.w.instances[id].State == model.InstanceRunning {
 			if _, ok := s.w.nodes[id]; !ok {
@@ -547,6 +606,66 @@ func (s *sim) boot() {
 			}
 			s.becomeReady(id)
 		}
+	}
+	s.enginesStart()
+}
+
+// enginesStart is the work of the engines' DaemonSet.
+func (s *sim) enginesStart() {
+	for _, id := range s.w.ids() {
+		n := s.w.nodes[id]
+		if n.Ready && s.w.instances[id].State == model.InstanceRunning && len(s.w.engines[id]) == 0 && (!n.Draining || s.tolerant) {
+			s.w.startEngine(id, model.EngineState{ToleratesDrain: s.tolerant}, 5*time.Minute)
+		}
+	}
+}
+
+// pickEngine returns an instance that runs, with an engine that matches.
+func (s *sim) pickEngine(what string, match func(model.EngineState) bool) (model.InstanceID, bool) {
+	return s.pick(what, func(i model.Instance) bool {
+		return i.State == model.InstanceRunning && slices.ContainsFunc(s.w.running(i.ID), func(p model.Pod) bool { return match(p.EngineState) })
+	})
+}
+
+func (s *sim) engineExits() {
+	if id, ok := s.pickEngine("exits", func(e model.EngineState) bool { return e.Deleting }); ok {
+		s.w.exitEngines(id, s.exitCode, s.notice)
+	}
+}
+
+// meddle: somebody else deletes the engine's pod, or removes it by force.
+func (s *sim) meddle() {
+	id, ok := s.pickEngine("meddled with", func(model.EngineState) bool { return true })
+	if !ok || rapid.IntRange(0, 2).Draw(s.t, "really") > 0 {
+		return
+	}
+	s.meddled[id] = true
+	if rapid.Bool().Draw(s.t, "by force") {
+		s.w.vanishEngines(id)
+		return
+	}
+	for _, p := range s.w.engines[id] {
+		s.w.changeEngine(id, p.UID, func(p *model.Pod) { p.EngineState.Deleting = true })
+	}
+}
+
+func (s *sim) sessionStarts() {
+	if id, ok := s.pickEngine("session", func(e model.EngineState) bool { return !e.Deleting }); ok {
+		s.w.sessions[id] = true
+	}
+}
+
+// sample has the metrics of all engines read.
+func (s *sim) sample() {
+	for _, id := range s.w.ids() {
+		if !s.metrics || len(s.w.running(id)) == 0 || s.w.instances[id].State != model.InstanceRunning {
+			continue
+		}
+		activity := model.ActivityIdle
+		if s.w.sessions[id] || s.w.jobs[id] {
+			activity = model.ActivityBusy
+		}
+		s.observe(ObserveUse{id, activity, s.w.now})
 	}
 }
 
@@ -647,6 +766,7 @@ func (s *sim) deleteNodeByHand() {
 	if ok && rapid.IntRange(0, 2).Draw(s.t, "really") == 0 {
 		delete(s.w.nodes, id)
 		s.nodeless[id] = true
+		s.w.vanishEngines(id) // with their Node, and the kubelet ends them
 	}
 }
 
@@ -834,6 +954,7 @@ func (s *sim) converge() {
 	for range 100 {
 		s.boot()
 		clear(s.w.jobs)
+		clear(s.w.sessions)
 		s.w.now = s.w.now.Add(10 * time.Second)
 		s.quick()
 		s.refresh()
@@ -856,6 +977,16 @@ func (s *sim) converge() {
 	for id, intent := range r.Intents {
 		if intent.Desired != model.DesiredParked || s.w.instances[id].State != model.InstanceStopped {
 			fail("%s is %q and still %+v", id, s.w.instances[id].State, intent)
+		}
+	}
+	for id := range r.Intents {
+		if s.w.spoiled[id] && !s.nodeless[id] && !s.meddled[id] {
+			fail("%s is parked, and its cache is lost", id)
+		}
+	}
+	for id, pods := range s.w.engines {
+		if slices.ContainsFunc(pods, func(p model.Pod) bool { return p.EngineState.Guarded }) {
+			fail("an engine pod of %s still has our finalizer: %+v", id, pods)
 		}
 	}
 	if len(r.Intents) > s.g.settings.MaxParked {

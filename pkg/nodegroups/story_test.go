@@ -28,7 +28,7 @@ import (
 //	> an effect         carried out, failed or held
 func TestStories(t *testing.T) {
 	datadriven.Walk(t, "testdata/stories", func(t *testing.T, path string) {
-		s := &story{world: newWorld(), clients: map[model.InstanceID]bool{}}
+		s := &story{world: newWorld()}
 		datadriven.RunTest(t, path, func(t *testing.T, d *datadriven.TestData) string {
 			s.out.Reset()
 			s.run(t, d)
@@ -43,11 +43,9 @@ type story struct {
 	// stored is the record as last written: what a restart finds.
 	stored Record
 	last   model.GroupSnapshot
-	// clients are the nodes whose engine is used by more than runner pods.
-	clients map[model.InstanceID]bool
-	hold    bool
-	held    []Effect
-	blind   bool
+	hold   bool
+	held   []Effect
+	blind  bool
 	// fail is the error with which effects end, and how.
 	fail map[Verb]string
 	out  strings.Builder
@@ -58,7 +56,7 @@ func (s *story) printf(format string, args ...any) { fmt.Fprintf(&s.out, format,
 func (s *story) run(t *testing.T, d *datadriven.TestData) {
 	var ids []model.InstanceID // the arguments without a value
 	for _, a := range d.CmdArgs {
-		if len(a.Vals) == 0 && a.Key != "unseen" {
+		if len(a.Vals) == 0 && a.Key != "unseen" && a.Key != "tolerates" {
 			ids = append(ids, model.InstanceID(a.Key))
 		}
 	}
@@ -90,17 +88,18 @@ func (s *story) run(t *testing.T, d *datadriven.TestData) {
 	case "busy", "idle": // a job starts or ends
 		for _, id := range ids {
 			delete(s.world.jobs, id)
-			delete(s.clients, id)
 			if d.Cmd == "busy" {
 				s.world.jobs[id] = true
 			}
 			s.step(ObserveBusy{id, d.Cmd == "busy"})
 		}
-	case "client": // somebody uses the engine: no runner pod, and yet busy
+	case "sampled": // activity=busy|idle: what the engine's metrics say
 		for _, id := range ids {
-			s.clients[id] = true
-			s.step(ObserveBusy{id, true})
+			s.world.now = s.world.now.Add(time.Millisecond)
+			s.step(ObserveUse{id, model.Activity(argument(d, "activity")), s.world.now})
 		}
+	case "engine": // starts, exits, vanishes, is deleted by somebody
+		s.engine(t, d, ids)
 	case "slip": // a job starts that has not been observed yet
 		for _, id := range ids {
 			s.world.jobs[id] = true
@@ -185,6 +184,9 @@ func (s *story) begin(r Record, omitted ...model.InstanceID) {
 	for _, id := range slices.Sorted(maps.Keys(s.world.nodes)) {
 		s.apply(ObserveNode{s.world.nodes[id]})
 		s.apply(ObserveBusy{id, s.world.jobs[id]})
+	}
+	for _, id := range slices.Sorted(maps.Keys(s.world.engines)) {
+		s.apply(ObserveEngine{id, s.world.engines[id]})
 	}
 	s.read(omitted...)
 	s.settle()
@@ -310,6 +312,45 @@ func (s *story) node(t *testing.T, d *datadriven.TestData, args []model.Instance
 	s.settle()
 }
 
+// engine changes engine pods and has them observed.
+func (s *story) engine(t *testing.T, d *datadriven.TestData, args []model.InstanceID) {
+	w := s.world
+	for _, id := range args[1:] {
+		switch args[0] {
+		case "starts": // [tolerates] [grace=5m]
+			most := 5 * time.Minute
+			if grace := argument(d, "grace"); grace != "" {
+				var err error
+				if most, err = time.ParseDuration(grace); err != nil {
+					d.Fatalf(t, "%v", err)
+				}
+			}
+			w.startEngine(id, model.EngineState{ToleratesDrain: d.HasArg("tolerates")}, most)
+		case "exits": // [code=0]
+			code := 0
+			d.MaybeScanArgs(t, "code", &code)
+			w.exitEngines(id, code, func() { s.apply(ObserveEngine{id, w.engines[id]}) })
+		case "vanishes":
+			w.vanishEngines(id)
+		case "deleted": // by somebody else
+			for _, p := range w.engines[id] {
+				w.changeEngine(id, p.UID, func(p *model.Pod) { p.EngineState.Deleting = true })
+			}
+		default:
+			d.Fatalf(t, "engine: unknown %q", args[0])
+		}
+		s.watch(id)
+	}
+	s.settle()
+}
+
+func argument(d *datadriven.TestData, name string) string {
+	if a, ok := d.Arg(name); ok && len(a.Vals) > 0 {
+		return a.Vals[0]
+	}
+	return ""
+}
+
 func (s *story) verdicts(t *testing.T, d *datadriven.TestData) Decide {
 	var e Decide
 	for _, a := range d.CmdArgs {
@@ -356,7 +397,11 @@ func (s *story) commit(next *Group, out Outcome) {
 		} else {
 			s.printf(" %d", n.Count)
 		}
-		s.printf(": %s\n", n.Reason)
+		s.printf(": %s", n.Reason)
+		if n.Detail != "" {
+			s.printf(" (%s)", n.Detail)
+		}
+		s.printf("\n")
 	}
 	if out.Commit > CommitNone {
 		s.stored = next.Record()
@@ -399,7 +444,7 @@ func (s *story) carryOut(e Effect) {
 	}
 	how, failed := s.fail[e.Verb]
 	delete(s.fail, e.Verb)
-	var idle bool
+	var idle bool // or of StopEngine: gone
 	if how != "before" {
 		idle = s.world.apply(e)
 	}
@@ -413,10 +458,14 @@ func (s *story) carryOut(e Effect) {
 	}
 	s.printf("\n")
 	if e.Verb == Confirm && !failed {
-		s.apply(Confirmed{e.Node.ID, idle})
+		s.apply(Confirmed{e.Node.ID, idle, s.world.engines[e.Node.ID]})
 		if !idle {
 			s.apply(ObserveBusy{e.Node.ID, true})
 		}
+	}
+	if e.Verb == StopEngine && !failed && idle {
+		s.printf("it is gone\n")
+		s.apply(EngineGone{e.Node.ID, e.Engine.UID})
 	}
 	s.apply(Done{e, err, s.world.now})
 	if !e.Verb.Cloud() {
@@ -460,8 +509,11 @@ func (s *story) watch(id model.InstanceID) {
 	} else {
 		s.apply(ObserveNodeGone{id})
 	}
-	if s.group.busy[id] && !s.world.jobs[id] && !s.clients[id] {
+	if s.group.busy[id] && !s.world.jobs[id] {
 		s.apply(ObserveBusy{id, false})
+	}
+	if pods := s.world.engines[id]; len(pods)+len(s.group.engines[id]) > 0 {
+		s.apply(ObserveEngine{id, pods})
 	}
 }
 
@@ -504,6 +556,19 @@ func (s *story) show() {
 			}
 			if w.jobs[id] {
 				node += ",busy"
+			}
+		}
+		for _, p := range w.engines[id] {
+			switch code, ended := EngineExit(p); {
+			case ended:
+				node += fmt.Sprintf(",engine exited %d", code)
+			case p.EngineState.Deleting:
+				node += ",engine stopping"
+			default:
+				node += ",engine"
+			}
+			if p.EngineState.Guarded {
+				node += " (guarded)"
 			}
 		}
 		counts := "-"

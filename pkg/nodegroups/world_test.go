@@ -27,6 +27,12 @@ type world struct {
 	nodes map[model.InstanceID]model.Node
 	jobs  map[model.InstanceID]bool
 	uids  int
+	// engines are the engine pods on each instance, sessions the instances
+	// whose engine is used by more than runner pods. spoiled are those on whose
+	// disk an engine that did not end by itself has left its cache.
+	engines  map[model.InstanceID][]model.Pod
+	sessions map[model.InstanceID]bool
+	spoiled  map[model.InstanceID]bool
 }
 
 const endless = 1 << 30
@@ -38,7 +44,76 @@ func newWorld() *world {
 		instances: map[model.InstanceID]model.Instance{},
 		nodes:     map[model.InstanceID]model.Node{},
 		jobs:      map[model.InstanceID]bool{},
+		engines:   map[model.InstanceID][]model.Pod{},
+		sessions:  map[model.InstanceID]bool{},
+		spoiled:   map[model.InstanceID]bool{},
 	}
+}
+
+// startEngine is what the engines' DaemonSet does for a node.
+func (w *world) startEngine(id model.InstanceID, state model.EngineState, grace time.Duration) {
+	w.uids++
+	delete(w.spoiled, id) // it wipes what it cannot trust
+	uid := fmt.Sprintf("engine-%d", w.uids)
+	w.engines[id] = append(slices.Clone(w.engines[id]), model.Pod{
+		Namespace: "dagger", Name: uid, UID: uid, Node: w.nodes[id].Name, Kind: model.PodEngine, Created: w.now,
+		EngineState: state, Engine: &model.EngineContainer{Grace: grace},
+	})
+}
+
+// changeEngine edits an engine pod; false when there is none.
+func (w *world) changeEngine(id model.InstanceID, uid string, edit func(*model.Pod)) bool {
+	pods := slices.Clone(w.engines[id])
+	at := slices.IndexFunc(pods, func(p model.Pod) bool { return p.UID == uid })
+	if at < 0 {
+		return false
+	}
+	edit(&pods[at])
+	w.engines[id] = pods
+	return true
+}
+
+// sweep removes the engine pods that have ended and that nothing holds.
+func (w *world) sweep(id model.InstanceID) {
+	w.engines[id] = slices.DeleteFunc(slices.Clone(w.engines[id]), func(p model.Pod) bool {
+		return p.EngineState.Deleting && !runs(p) && !p.EngineState.Guarded
+	})
+	if len(w.engines[id]) == 0 {
+		delete(w.engines, id)
+	}
+}
+
+// running returns the engines that have not ended.
+func (w *world) running(id model.InstanceID) (pods []model.Pod) {
+	for _, p := range w.engines[id] {
+		if runs(p) {
+			pods = append(pods, p)
+		}
+	}
+	return pods
+}
+
+// exitEngines ends every engine of the instance that was told to stop. The
+// kubelet tells the exit codes before it removes the pods.
+func (w *world) exitEngines(id model.InstanceID, code int, told func()) {
+	for _, p := range w.running(id) {
+		if p.EngineState.Deleting {
+			w.changeEngine(id, p.UID, func(p *model.Pod) {
+				p.Engine = &model.EngineContainer{Grace: p.Engine.Grace, Exit: &model.ContainerExit{Code: int32(code)}}
+			})
+			w.spoiled[id] = w.spoiled[id] || code != 0
+		}
+	}
+	told()
+	w.sweep(id)
+}
+
+// vanishEngines deletes the engine pods of the instance, whatever holds them.
+func (w *world) vanishEngines(id model.InstanceID) {
+	if len(w.running(id)) > 0 {
+		w.spoiled[id] = true
+	}
+	delete(w.engines, id)
 }
 
 func (w *world) ids() []model.InstanceID { return slices.Sorted(maps.Keys(w.instances)) }
@@ -125,8 +200,8 @@ func (w *world) schedulable(id model.InstanceID) bool {
 }
 
 // apply carries out an effect as cloud and API server would. For Confirm it
-// returns whether the node was idle.
-func (w *world) apply(e Effect) (idle bool) {
+// returns whether the node was idle, for StopEngine whether there was no pod.
+func (w *world) apply(e Effect) (answer bool) {
 	switch e.Verb {
 	case Resize:
 		w.desired = max(e.Desired, w.active())
@@ -167,7 +242,17 @@ func (w *world) apply(e Effect) (idle bool) {
 		if w.nodes[e.Node.ID].UID == e.Node.UID {
 			delete(w.nodes, e.Node.ID)
 			delete(w.jobs, e.Node.ID)
+			w.collect(e.Node.ID)
 		}
+	case StopEngine:
+		return !w.changeEngine(e.Node.ID, e.Engine.UID, func(p *model.Pod) {
+			s := &p.EngineState
+			s.Guarded = s.Guarded || !s.Deleting // nothing can be added to what is being deleted
+			s.Deleting = true
+		})
+	case ReleaseEngine:
+		w.changeEngine(e.Node.ID, e.Engine.UID, func(p *model.Pod) { p.EngineState.Guarded = false })
+		w.sweep(e.Node.ID)
 	}
 	return false
 }
@@ -179,10 +264,26 @@ func (w *world) changeSame(n model.Node, edit func(*model.Node)) {
 	}
 }
 
-// halt is the end of a kubelet: its Node is not Ready any more.
+// halt is the end of a kubelet: its Node is not Ready any more, its engine is
+// killed, and nobody says so.
 func (w *world) halt(id model.InstanceID) {
+	if len(w.running(id)) > 0 {
+		w.spoiled[id] = true
+	}
 	w.ready(id, false)
 	delete(w.jobs, id)
+	delete(w.sessions, id)
+}
+
+// collect is what becomes of the pods whose Node was deleted.
+func (w *world) collect(id model.InstanceID) {
+	w.engines[id] = slices.DeleteFunc(slices.Clone(w.engines[id]), func(p model.Pod) bool { return !p.EngineState.Guarded })
+	for i := range w.engines[id] {
+		w.engines[id][i].EngineState.Deleting = true
+	}
+	if len(w.engines[id]) == 0 {
+		delete(w.engines, id)
+	}
 }
 
 // dump is everything that a Group holds, as text that is equal for equal

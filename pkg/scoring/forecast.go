@@ -1,12 +1,9 @@
 package scoring
 
 import (
-	"maps"
 	"math"
 	"slices"
 	"time"
-
-	"github.com/hearth-ci/hearth/pkg/model"
 )
 
 const (
@@ -21,14 +18,19 @@ const (
 	MaxBatch = 512
 	// MaxLevel bounds what is remembered of how many nodes were needed.
 	MaxLevel = 1 << 14
-	// memory is the half-life of what was observed: pipelines change within a
+	// fades is the half-life of what was observed: pipelines change within a
 	// quarter.
-	memory = 8 * 7 * 24 * time.Hour
+	fades = 8 * 7 * 24 * time.Hour
+	// lately is over what time the batches that came are compared with those
+	// that usually do, in hours: people work for a while, and then do not.
+	lately = 1
+	// priorBatches blends that comparison with "as usual": one batch more or
+	// less says little.
+	priorBatches = 1
 )
 
 // Forecast learns how a group's jobs arrive: in batches of jobs that need
-// nodes at the same moment, by hour of the week, and how often each cache key
-// is among them. It uses nothing but what it was told, so it can be replayed.
+// nodes at the same moment, by hour of the week. It uses nothing but what it was told, so it can be replayed.
 // The zero value has learnt nothing; it is not safe for concurrent use.
 type Forecast struct {
 	window time.Duration
@@ -36,7 +38,8 @@ type Forecast struct {
 	last   time.Time
 
 	// open is the batch that is still growing.
-	open   int
+	open   int // jobs, of which slots share a node
+	slots  int
 	openAt time.Time
 
 	// need[n-1][hour] is the weight of the batches that needed at least n
@@ -46,24 +49,22 @@ type Forecast struct {
 	// levels[m-1] is the weight of the arrivals that brought the jobs running
 	// and waiting from m-1 to m: the uses of the group's m-th node.
 	levels []float64
-	keys   map[model.CacheKey]*keyRate
 
 	// decayedAt is when the weights above were last decayed.
 	decayedAt time.Time
 	exposure  [HoursOfWeek]float64 // hours observed, decayed like the weights
+	observed  float64              // their sum
 	seenTo    time.Time            // exposure is counted up to here
-}
-
-type keyRate struct {
-	weight float64
-	at     time.Time
+	// came and usual are the batches of late, and how many usually come in that
+	// time; both fade within an hour.
+	came, usual float64
 }
 
 // NewForecast returns a forecast in which jobs that arrive within window of
 // each other need nodes of their own: a node that is started for the first is
 // not there yet for the last.
 func NewForecast(window time.Duration) *Forecast {
-	return &Forecast{window: window, keys: map[model.CacheKey]*keyRate{}}
+	return &Forecast{window: window}
 }
 
 // HourOfWeek returns the hour of the week of t in UTC, from 0 (Sunday,
@@ -73,10 +74,10 @@ func HourOfWeek(t time.Time) int {
 	return int(t.Weekday())*24 + t.Hour()
 }
 
-// Observe takes in the arrival of one job, which made nodes the number of nodes
-// that the jobs running and waiting need. Arrivals come in order of time; one
+// Arrived takes in the arrival of one job, which made nodes the number of nodes
+// that the jobs running and waiting need; slots jobs share a node. Arrivals come in order of time; one
 // that lies before the last counts as if it arrived with it.
-func (f *Forecast) Observe(key model.CacheKey, nodes int, at time.Time) {
+func (f *Forecast) Arrived(nodes, slots int, at time.Time) {
 	if at.Before(f.last) {
 		at = f.last
 	}
@@ -90,26 +91,22 @@ func (f *Forecast) Observe(key model.CacheKey, nodes int, at time.Time) {
 	f.expose(at)
 	if f.open == 0 {
 		f.openAt = at
+		f.came++
 	}
 	f.open++
+	f.slots = max(slots, 1)
 	nodes = min(max(nodes, 1), MaxLevel)
 	for len(f.levels) < nodes {
 		f.levels = append(f.levels, 0)
 	}
 	f.levels[nodes-1]++
-	r := f.keys[key]
-	if r == nil {
-		r = &keyRate{at: at}
-		f.keys[key] = r
-	}
-	r.weight = r.weight*decay(at.Sub(r.at), memory) + 1
-	r.at = at
 }
 
 // close counts the batch that has stopped growing.
 func (f *Forecast) close() {
 	hour := HourOfWeek(f.openAt)
-	size := min(f.open, MaxBatch)
+	slots := max(f.slots, 1)
+	size := min((f.open+slots-1)/slots, MaxBatch)
 	for len(f.all) < size {
 		f.need = append(f.need, [HoursOfWeek]float64{})
 		f.all = append(f.all, 0)
@@ -129,18 +126,22 @@ func (f *Forecast) expose(to time.Time) {
 		for h := range f.exposure {
 			f.exposure[h] += float64(whole)
 		}
+		f.observed += float64(whole) * HoursOfWeek
 		f.seenTo = f.seenTo.AddDate(0, 0, 7*int(whole))
+		f.came, f.usual = 0, 0
 	}
 	for f.seenTo.Before(to) {
 		end := f.seenTo.Truncate(time.Hour).Add(time.Hour)
 		if end.After(to) {
 			end = to
 		}
+		f.came, f.usual = f.fade(end)
 		f.exposure[HourOfWeek(f.seenTo)] += end.Sub(f.seenTo).Hours()
+		f.observed += end.Sub(f.seenTo).Hours()
 		f.seenTo = end
 	}
 	if since := to.Sub(f.decayedAt); since >= week {
-		d := decay(since, memory)
+		d := decay(since, fades)
 		for n := range f.need {
 			for h := range f.need[n] {
 				f.need[n][h] *= d
@@ -153,6 +154,7 @@ func (f *Forecast) expose(to time.Time) {
 		for h := range f.exposure {
 			f.exposure[h] *= d
 		}
+		f.observed *= d
 		f.decayedAt = to
 	}
 }
@@ -162,13 +164,19 @@ func decay(age, halfLife time.Duration) float64 {
 }
 
 // Rate is how many batches an hour are expected around t that need at least n
-// nodes at once (n from 1). An hour of the week is blended with its neighbours
-// and with the group's average.
+// nodes at once (n from 1): what is usual at that hour of the week, times how
+// the last hour compares with what is usual for it.
 func (f *Forecast) Rate(n int, t time.Time) float64 {
+	came, usual := f.fade(t)
+	return f.atHour(n, t) * (came + priorBatches) / (usual + priorBatches)
+}
+
+// atHour is the usual rate at that hour of the week, blended with its
+// neighbours' and with the average.
+func (f *Forecast) atHour(n int, t time.Time) float64 {
 	if n < 1 || n > len(f.all) {
 		return 0
 	}
-	mean := f.Mean(n)
 	hour := HourOfWeek(t)
 	var count, hours float64
 	for _, near := range [...]struct {
@@ -179,7 +187,14 @@ func (f *Forecast) Rate(n int, t time.Time) float64 {
 		count += near.weight * f.need[n-1][h]
 		hours += near.weight * f.exposure[h]
 	}
-	return (count + priorWeeks*mean) / (hours + priorWeeks)
+	return (count + priorWeeks*f.Mean(n)) / (hours + priorWeeks)
+}
+
+// fade is what came and what usually comes, as they count at t. From seenTo to
+// t the rate of one hour is taken for all.
+func (f *Forecast) fade(t time.Time) (came, usual float64) {
+	left := math.Exp(-max(t.Sub(f.seenTo).Hours(), 0) / lately)
+	return f.came * left, f.usual*left + f.atHour(1, f.seenTo)*lately*(1-left)
 }
 
 // Needed returns the most nodes that some remembered batch needed at once.
@@ -191,26 +206,20 @@ func (f *Forecast) Mean(n int) float64 {
 	if n < 1 || n > len(f.all) {
 		return 0
 	}
-	return f.all[n-1] / max(f.observed(), 24)
+	return f.all[n-1] / max(f.observed, 24)
 }
 
-// Uses is how many times an hour the group's m-th node is used (m from 1), over
-// all hours of the week: how often the jobs running and waiting come to need m
-// nodes. It falls with m but for chance, which is smoothed away.
-func (f *Forecast) Uses(m int) float64 {
-	var uses float64
-	for i := max(m, 1) - 1; i < len(f.levels); i++ {
-		uses = max(uses, f.levels[i])
+// Uses is how many times an hour the group's nodes are used, the m-th at m-1,
+// over all hours of the week: how often the jobs running and waiting come to
+// need m nodes. It falls with m but for chance, which is smoothed away.
+func (f *Forecast) Uses() []float64 {
+	uses := make([]float64, len(f.levels))
+	hours, most := max(f.observed, 24), 0.0
+	for i, u := range slices.Backward(f.levels) {
+		most = max(most, u)
+		uses[i] = most / hours
 	}
-	return uses / max(f.observed(), 24)
-}
-
-// observed is the number of hours observed, old ones counting less.
-func (f *Forecast) observed() (hours float64) {
-	for _, e := range f.exposure {
-		hours += e
-	}
-	return hours
+	return uses
 }
 
 // Weeks is the time since the first observation.
@@ -218,18 +227,3 @@ func (f *Forecast) Weeks() float64 { return f.last.Sub(f.began).Hours() / HoursO
 
 // Last is the time of the last observation.
 func (f *Forecast) Last() time.Time { return f.last }
-
-// Shares returns the share of every key among the jobs of late; they sum to 1.
-func (f *Forecast) Shares(t time.Time) map[model.CacheKey]float64 {
-	shares := make(map[model.CacheKey]float64, len(f.keys))
-	var total float64
-	for _, key := range slices.Sorted(maps.Keys(f.keys)) { // in a fixed order: sums of floats depend on it
-		r := f.keys[key]
-		shares[key] = r.weight * decay(t.Sub(r.at), memory)
-		total += shares[key]
-	}
-	for key := range shares {
-		shares[key] /= total
-	}
-	return shares
-}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -84,19 +85,32 @@ type NamedPolicy struct {
 // Policies lists every policy once, in the order of reports: what people run
 // today, what research proposes, the simple rules, ours.
 func Policies() []NamedPolicy {
-	return append(baselines(), NamedPolicy{
-		Name: "hearth",
-		Doc:  "the live policy: the coldest idle nodes are parked after 10 min, the warmest come back",
-		New:  func(Trace, World, *rand.Rand) Policy { return newHearth() },
-	}, NamedPolicy{
-		Name: "hearth-forecast",
-		Doc:  "what is to replace it: forecast by hour of week, rent-or-buy bounds, nodes resumed ahead",
-		New:  func(_ Trace, w World, _ *rand.Rand) Policy { return newForecaster(w, Knobs{Prewarm: true}) },
-	})
+	return append(baselines(),
+		hearthWith(ours, "nodes parked by rent-or-buy bound and forecast, resumed ahead of expected jobs, placed by cache", Knobs{}),
+		hearthAt(20), hearthAt(45), hearthAt(60), hearthAt(90),
+	)
+}
+
+// ours is the name of the live policy.
+const ours = "hearth"
+
+// noPrewarm is the live policy without starts ahead of demand. It is compared
+// on request, and is not among the policies.
+const noPrewarm = ours + "-no-prewarm"
+
+// hearthAt is the live policy with another time-value.
+func hearthAt(timeValue float64) NamedPolicy {
+	value := strconv.FormatFloat(timeValue, 'f', -1, 64)
+	return hearthWith(ours+"@"+value, "the same with the annotation time-value at $"+value+"/h", Knobs{TimeValue: timeValue})
+}
+
+func hearthWith(name, doc string, k Knobs) NamedPolicy {
+	return NamedPolicy{name, doc, func(_ Trace, w World, _ *rand.Rand) Policy { return newHearth(w, k) }}
 }
 
 // FindPolicy returns the policy of that name, or an error that lists the known
-// ones.
+// ones. hearth@ and a number is hearth with that time-value; hearth-no-prewarm,
+// with a time-value or not, starts nothing ahead of demand.
 func FindPolicy(name string) (NamedPolicy, error) {
 	var known []string
 	for _, p := range Policies() {
@@ -105,6 +119,22 @@ func FindPolicy(name string) (NamedPolicy, error) {
 		}
 		known = append(known, p.Name)
 	}
+	base, value, at := strings.Cut(name, "@")
+	if base == noPrewarm || base == ours {
+		var k Knobs
+		if at {
+			var err error
+			k.TimeValue, err = strconv.ParseFloat(value, 64)
+			if err != nil || !(k.TimeValue > 0 && k.TimeValue <= 10000) {
+				return NamedPolicy{}, fmt.Errorf("policy %q: want a time-value in $/h after the @, above 0 and at most 10000", name)
+			}
+		}
+		if base == ours {
+			return hearthAt(k.TimeValue), nil
+		}
+		k.NoPrewarm = true
+		return hearthWith(name, "hearth without starts ahead of demand", k), nil
+	}
 	slices.Sort(known)
-	return NamedPolicy{}, fmt.Errorf("unknown policy %q, known are %s", name, strings.Join(known, ", "))
+	return NamedPolicy{}, fmt.Errorf("unknown policy %q, known are %s, and hearth@ with any time-value in $/h", name, strings.Join(known, ", "))
 }

@@ -48,15 +48,16 @@ func TestReports(t *testing.T) {
 	report := tinyReport(t)
 	// The bounds have tests of their own.
 	report.Reactive, report.Prescient = 150, 100
-	var table, csv, js bytes.Buffer
+	report.Sensitivity = madeUpSensitivity()
+	var table, csv, js, markdown bytes.Buffer
 	for name, err := range map[string]error{
-		"table": report.WriteTable(&table), "csv": report.WriteCSV(&csv), "json": report.WriteJSON(&js),
+		"table": report.WriteTable(&table), "csv": report.WriteCSV(&csv), "json": report.WriteJSON(&js), "markdown": report.WriteMarkdown(&markdown),
 	} {
 		if err != nil {
 			t.Fatalf("%s: %v", name, err)
 		}
 	}
-	for name, got := range map[string]string{"report.txt": table.String(), "report.csv": csv.String(), "report.json": js.String()} {
+	for name, got := range map[string]string{"report.txt": table.String(), "report.csv": csv.String(), "report.json": js.String(), "report.md": markdown.String()} {
 		path := filepath.Join("testdata", "reports", name)
 		if *update {
 			if err := os.WriteFile(path, []byte(got), 0o600); err != nil {
@@ -73,13 +74,30 @@ func TestReports(t *testing.T) {
 	}
 }
 
+// madeUpSensitivity has all that words are found for: won, lost narrowly and
+// clearly, and even.
+func madeUpSensitivity() []simulate.Sensitive {
+	var all []simulate.Sensitive
+	for i, v := range simulate.Variations(simulate.DefaultWorld())[:6] {
+		hearth := simulate.Outcome{Policy: "hearth", Infrastructure: 400, Delay: []float64{600, 600, 600, 600, 600.4, 600}[i]}
+		best := simulate.Outcome{Policy: "simple-park-5m", Infrastructure: 300, Delay: []float64{950, 700, 698, 400, 700, 701}[i]}
+		s := simulate.Sensitive{Variation: v, Outcomes: []simulate.Outcome{best, hearth}, Hearth: hearth, Best: best, Rank: 1}
+		if best.Total() < hearth.Total() {
+			s.Rank = 2
+		}
+		all = append(all, s)
+	}
+	return all
+}
+
 // TestReportShape holds the JSON to the names that others read.
 func TestReportShape(t *testing.T) {
 	var b bytes.Buffer
-	if err := tinyReport(t).WriteJSON(&b); err != nil {
+	report := tinyReport(t)
+	if err := report.WriteJSON(&b); err != nil {
 		t.Fatal(err)
 	}
-	var got map[string]any
+	var got, other map[string]any
 	if err := json.Unmarshal(b.Bytes(), &got); err != nil {
 		t.Fatal(err)
 	}
@@ -91,7 +109,12 @@ func TestReportShape(t *testing.T) {
 		slices.Sort(names)
 		return strings.Join(names, " ")
 	}
+	if err := json.Unmarshal(withSensitivity(t, report), &other); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct{ got, want string }{
+		{names(other), "bounds policies sensitivity trace"},
+		{names(other["sensitivity"].([]any)[0]), "best_other change hearth parameter policies rank ratio value"},
 		{names(got), "bounds policies trace"},
 		{names(got["trace"]), "jobs keys rejected"},
 		{names(got["bounds"]), "prescient_dollars reactive_dollars"},
@@ -102,6 +125,16 @@ func TestReportShape(t *testing.T) {
 			t.Errorf("fields %q, want %q", c.got, c.want)
 		}
 	}
+}
+
+func withSensitivity(t *testing.T, r simulate.Report) []byte {
+	t.Helper()
+	r.Sensitivity = madeUpSensitivity()
+	var b bytes.Buffer
+	if err := r.WriteJSON(&b); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
 }
 
 func TestGenerate(t *testing.T) {

@@ -25,6 +25,7 @@ import (
 	"github.com/hearth-ci/hearth/api/v1alpha1"
 	"github.com/hearth-ci/hearth/deploy"
 	"github.com/hearth-ci/hearth/internal/config"
+	"github.com/hearth-ci/hearth/internal/dagger/enginetest"
 	"github.com/hearth-ci/hearth/internal/kwok"
 	"github.com/hearth-ci/hearth/internal/localcluster"
 	"github.com/hearth-ci/hearth/internal/playground"
@@ -37,6 +38,7 @@ import (
 var hearth string
 
 func TestMain(m *testing.M) {
+	enginetest.Main()
 	flag.Parse()
 	if _, err := localcluster.FindBinaries(); err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)

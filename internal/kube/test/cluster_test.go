@@ -1,6 +1,7 @@
 package test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,11 +15,14 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
+	admissionregistrationv1 "k8s.io/api/admissionregistration/v1"
 	authorizationv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -28,6 +32,7 @@ import (
 	"github.com/hearth-ci/hearth/internal/kube"
 	"github.com/hearth-ci/hearth/internal/kwok"
 	"github.com/hearth-ci/hearth/internal/localcluster"
+	"github.com/hearth-ci/hearth/internal/placement"
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
@@ -46,10 +51,14 @@ func TestAgainstAnAPIServer(t *testing.T) {
 	}
 	c := start(t)
 	t.Run("store", func(t *testing.T) { testStore(t, c) })
+	t.Run("memories", func(t *testing.T) { testMemories(t, c) })
 	t.Run("columns", func(t *testing.T) { testColumns(t, c) })
 	t.Run("nodes", func(t *testing.T) { testNodes(t, c) })
+	t.Run("engines", func(t *testing.T) { testEngines(t, c) })
 	t.Run("instances", func(t *testing.T) { testInstances(t, c) })
 	t.Run("events", func(t *testing.T) { testEvents(t, c) })
+	t.Run("jobs of runners", func(t *testing.T) { testRunnerJobs(t, c) })
+	t.Run("placement certificate", func(t *testing.T) { testPlacementCertificate(t, c) })
 	t.Run("leader", func(t *testing.T) { testLeader(t, c) })
 	t.Run("rights", func(t *testing.T) { testRights(t, c) })
 	t.Run("broken watch", func(t *testing.T) { testBrokenWatch(t, c) }) // last: others would see the API server go
@@ -61,7 +70,7 @@ func start(t *testing.T) *cluster {
 	must(t, err)
 	t.Cleanup(func() { must(t, running.Stop()) })
 	c := &cluster{Cluster: running}
-	must(t, c.Apply(t.Context(), append(deploy.CRDs(), deploy.RBAC(), deploy.RBACKwok())...))
+	must(t, c.Apply(t.Context(), append(deploy.CRDs(), deploy.RBAC(), deploy.RBACKwok(), deploy.RBACPlacement(), deploy.Placement())...))
 	c.config, err = c.ServiceAccountConfig(t.Context(), deploy.Namespace, deploy.ServiceAccount)
 	must(t, err)
 	c.config.QPS, c.config.Burst = 200, 400
@@ -109,10 +118,15 @@ var morning = time.Date(2026, 1, 5, 8, 0, 0, 0, time.UTC)
 func testStore(t *testing.T, c *cluster) {
 	s := kube.NewStore(c.hearth)
 	record := nodegroups.Record{Sequence: 1, Target: 200, Hidden: 3, Intents: map[model.InstanceID]nodegroups.Intent{}}
-	for i, stage := range []nodegroups.Stage{nodegroups.StageDraining, nodegroups.StageStopping, nodegroups.StageStarting} {
+	for i, stage := range []nodegroups.Stage{nodegroups.StageDraining, nodegroups.StageEngine, nodegroups.StageStopping, nodegroups.StageStarting} {
 		for j, desired := range []model.Desired{model.DesiredGone, model.DesiredParked, model.DesiredRunning} {
 			id := model.InstanceID(fmt.Sprintf("aws:///eu-central-1a/i-%d%d%s", i, j, strings.Repeat("0", 400)))
 			record.Intents[id] = nodegroups.Intent{Desired: desired, Stage: stage, Since: morning}
+			if stage == nodegroups.StageStopping {
+				record.Intents[id] = nodegroups.Intent{
+					Desired: desired, Stage: stage, Since: morning, Engine: "6f9619ff-8b86-d011-b42d-00c04fc964ff", Exit: nodegroups.ExitVanished,
+				}
+			}
 		}
 	}
 	summary := model.GroupSummary{Min: 1, Max: 300, Phases: map[model.Phase]int{}}
@@ -285,7 +299,7 @@ func testNodes(t *testing.T, c *cluster) {
 
 	must(t, c.admin.Create(t.Context(), runnerPod("on-acts", func(p *corev1.Pod) { p.Spec.NodeName = "acts" })))
 	must(t, c.admin.Create(t.Context(), runnerPod("elsewhere", func(p *corev1.Pod) { p.Spec.NodeName = "nowhere" })))
-	pods, err := n.RunnerPods(t.Context(), "acts")
+	pods, err := n.PodsOn(t.Context(), "acts")
 	must(t, err)
 	if len(pods) != 1 || pods[0].Name != "on-acts" {
 		t.Errorf("runner pods %v; want on-acts alone", pods)
@@ -368,6 +382,92 @@ func watch(t *testing.T, c *cluster) *seen {
 		return nil
 	})
 	return sink
+}
+
+// ephemeralRunners is as much of GitHub's CRD as Hearth knows of.
+const ephemeralRunners = `
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: ephemeralrunners.actions.github.com}
+spec:
+  group: actions.github.com
+  scope: Namespaced
+  names: {kind: EphemeralRunner, listKind: EphemeralRunnerList, plural: ephemeralrunners, singular: ephemeralrunner}
+  versions:
+  - name: v1alpha1
+    served: true
+    storage: true
+    subresources: {status: {}}
+    schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}
+`
+
+// testRunnerJobs: what a GitHub runner has picked up is told of its pod.
+func testRunnerJobs(t *testing.T, c *cluster) {
+	must(t, c.Apply(t.Context(), []byte(ephemeralRunners)))
+	must(t, c.admin.Create(t.Context(), &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Name: "linux-x7", Namespace: "default"},
+		Spec:       corev1.PodSpec{Containers: []corev1.Container{{Name: "runner", Image: "runner"}}},
+	}))
+	sink := watch(t, c)
+	runner := &unstructured.Unstructured{Object: map[string]any{"spec": map[string]any{"runnerScaleSetId": int64(1)}}}
+	runner.SetAPIVersion("actions.github.com/v1alpha1")
+	runner.SetKind("EphemeralRunner")
+	runner.SetNamespace("default")
+	runner.SetName("linux-x7")
+	eventually(t, func() error { // the administrator's client has to learn of the kind
+		return client.IgnoreAlreadyExists(c.admin.Create(t.Context(), runner.DeepCopy()))
+	})
+	status := []byte(`{"status":{"jobRepositoryName":"acme/shop","jobWorkflowRef":"acme/shop/.github/workflows/ci.yml@refs/heads/main"}}`)
+	must(t, c.admin.Status().Patch(t.Context(), runner, client.RawPatch(types.MergePatchType, status)))
+	eventually(t, func() error {
+		if p := sink.pod("linux-x7"); p.Job != "github/acme/shop/.github/workflows/ci.yml" {
+			return fmt.Errorf("the pod is told as %+v", p)
+		}
+		return nil
+	})
+}
+
+// testPlacementCertificate: the rights that are shipped do to make a
+// certificate, to renew it and to make the API server trust it.
+func testPlacementCertificate(t *testing.T, c *cluster) {
+	now := time.Now()
+	s, err := placement.NewSecret(placement.SecretConfig{
+		Client: c.hearth, Namespace: deploy.Namespace, Name: deploy.PlacementName, Webhook: deploy.PlacementName,
+		Hosts: []string{"hearth-placement.hearth.svc"}, Now: func() time.Time { return now }, Logger: slog.New(slog.DiscardHandler),
+	})
+	must(t, err)
+	bundle := func() (ca []byte, cert []byte) {
+		hook := &admissionregistrationv1.MutatingWebhookConfiguration{}
+		must(t, c.admin.Get(t.Context(), client.ObjectKey{Name: deploy.PlacementName}, hook))
+		secret := &corev1.Secret{}
+		_ = c.admin.Get(t.Context(), client.ObjectKey{Namespace: deploy.Namespace, Name: deploy.PlacementName}, secret)
+		if hook.Webhooks[0].ClientConfig.Service == nil || *hook.Webhooks[0].FailurePolicy != admissionregistrationv1.Ignore {
+			t.Errorf("the webhook configuration is %+v", hook.Webhooks[0])
+		}
+		return hook.Webhooks[0].ClientConfig.CABundle, secret.Data[corev1.TLSCertKey]
+	}
+	// lead until what came of it is ok.
+	lead := func(ok func() error) {
+		ctx, cancel := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() { defer close(ended); s.Lead(ctx) }()
+		defer func() { cancel(); <-ended }()
+		eventually(t, ok)
+	}
+	lead(func() error {
+		if ca, cert := bundle(); len(ca) == 0 || len(cert) == 0 {
+			return fmt.Errorf("CA of %d bytes, certificate of %d", len(ca), len(cert))
+		}
+		return nil
+	})
+	ca, first := bundle()
+	now = now.Add(300 * 24 * time.Hour)
+	lead(func() error {
+		if same, cert := bundle(); !bytes.Equal(ca, same) || bytes.Equal(cert, first) {
+			return errors.New("the certificate was not renewed, or the authority was")
+		}
+		return nil
+	})
 }
 
 // testInstances takes an instance of the embedded backend through its life.
@@ -499,6 +599,27 @@ func testLeader(t *testing.T, c *cluster) {
 }
 
 // testRights: what is not needed is not granted.
+func testMemories(t *testing.T, c *cluster) {
+	m := kube.NewMemories(c.hearth, deploy.Namespace)
+	most := bytes.Repeat([]byte{0, 0xff, 'x'}, 512<<10/3)
+	for _, group := range []model.GroupID{"runners-a", "Team A/runners", model.GroupID(strings.Repeat("x", 255))} {
+		for _, want := range [][]byte{[]byte("first"), most} {
+			must(t, m.SaveLearnt(t.Context(), group, want))
+			// Another life: nothing but what was written is known.
+			all, err := kube.NewMemories(c.hearth, deploy.Namespace).LoadLearnt(t.Context())
+			must(t, err)
+			if !bytes.Equal(all[group], want) {
+				t.Errorf("%q: read %d bytes, want %d", group, len(all[group]), len(want))
+			}
+		}
+	}
+	var list corev1.ConfigMapList
+	must(t, c.admin.List(t.Context(), &list, client.MatchingLabels{"hearth.dev/learnt": "true"}))
+	if len(list.Items) != 3 {
+		t.Errorf("%d ConfigMaps, want 3", len(list.Items))
+	}
+}
+
 func testRights(t *testing.T, c *cluster) {
 	clientset, err := kubernetes.NewForConfig(c.config)
 	must(t, err)
@@ -514,16 +635,28 @@ func testRights(t *testing.T, c *cluster) {
 		{false, "update", "", "nodes/status", ""},
 		{false, "patch", "", "nodes/status", ""},
 		{false, "deletecollection", "", "nodes", ""},
-		{false, "get", "", "secrets", "hearth"},
+		{true, "create", "", "secrets", "hearth"},
+		{false, "create", "", "secrets", "default"},
+		{false, "get", "", "secrets", "hearth"}, // but for its own
+		{false, "get", "admissionregistration.k8s.io", "mutatingwebhookconfigurations", ""},
+		{false, "create", "admissionregistration.k8s.io", "mutatingwebhookconfigurations", ""},
+		{true, "watch", "actions.github.com", "ephemeralrunners", ""},
+		{false, "patch", "actions.github.com", "ephemeralrunners", ""},
 		{false, "list", "", "secrets", ""},
 		{false, "create", "", "pods", "hearth"},
 		{false, "create", "", "pods", "default"},
-		{false, "patch", "", "pods", "default"},
-		{false, "delete", "", "pods", "default"},
+		{true, "patch", "", "pods", "default"},  // of engines, wherever they are
+		{true, "delete", "", "pods", "default"}, // likewise
+		{false, "patch", "", "pods/status", "default"},
+		{false, "update", "", "pods", "default"},
+		{false, "deletecollection", "", "pods", "default"},
 		{false, "create", "", "pods/eviction", "default"},
 		{false, "create", "", "pods/exec", "hearth"},
 		{false, "create", "", "events", "kube-system"},
 		{false, "get", "", "configmaps", "kube-system"},
+		{true, "update", "", "configmaps", "hearth"},
+		{false, "update", "", "configmaps", "default"},
+		{false, "watch", "", "configmaps", "hearth"},
 		{false, "delete", "", "configmaps", "hearth"},
 		{false, "update", "hearth.dev", "runnernodegroups", ""},
 		{false, "delete", "hearth.dev", "runnernodegroups", ""},
