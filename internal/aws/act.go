@@ -1,6 +1,7 @@
 package aws
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -32,6 +33,7 @@ type reading struct {
 	min, max int
 	desired  int
 	members  []member
+	lagging  []string // instances that exist, and that the group does not list
 }
 
 type member struct {
@@ -122,6 +124,11 @@ func (b *Backend) begin(ctx context.Context, id model.GroupID, doing string) (re
 		m.machine = g.instances[m.id]
 		r.members = append(r.members, m)
 	}
+	for id := range g.listed {
+		if m, exists := g.instances[id]; exists && m.group == r.name && !slices.ContainsFunc(r.members, func(m member) bool { return m.id == id }) {
+			r.lagging = append(r.lagging, id)
+		}
+	}
 	return r, nil
 }
 
@@ -172,7 +179,7 @@ func (b *Backend) resize(ctx context.Context, id model.GroupID, desired int) err
 		}
 		want = max(want, r.counted()+coming, r.min)
 		if want >= r.desired {
-			return refused
+			return underWay("what is to be cancelled is being launched")
 		}
 		// Should one be born between our read and the write, the group must
 		// not take one that works.
@@ -185,12 +192,34 @@ func (b *Backend) resize(ctx context.Context, id model.GroupID, desired int) err
 	if want == r.desired {
 		return refused
 	}
+	if b.alreadySet(r.name, want) {
+		return cmp.Or(refused, underWay("the new capacity is not read yet"))
+	}
 	_, err = b.cfg.AutoScaling.SetDesiredCapacity(ctx, &autoscaling.SetDesiredCapacityInput{
 		AutoScalingGroupName: &r.name, DesiredCapacity: awssdk.Int32(int32(want)), HonorCooldown: awssdk.Bool(false), //nolint:gosec // at most the group's maximum
 	}, once)
 	b.acted(r.name, err)
 	return errors.Join(err, refused)
 }
+
+// alreadySet says whether the capacity was set to the same a moment ago and a
+// reading that lags has it otherwise; else it notes that it is about to be.
+func (b *Backend) alreadySet(name string, want int) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	g, now := b.groups[model.GroupID(name)], b.cfg.Now()
+	if g == nil {
+		return false
+	}
+	if g.setTo == want && now.Sub(g.setAt) < settle {
+		return true
+	}
+	g.setTo, g.setAt = want, now
+	return false
+}
+
+// underWay has the core come back later; what says what is waited for.
+func underWay(what string) error { return fmt.Errorf("%s: %w", what, model.ErrUnderWay) }
 
 // protect protects the group's instances from scale in.
 func (b *Backend) protect(ctx context.Context, r reading) error {
@@ -242,6 +271,9 @@ func (b *Backend) terminate(ctx context.Context, r reading, ids []model.Instance
 			}
 		}
 	}
+	if slices.ContainsFunc(ids, func(id model.InstanceID) bool { return slices.Contains(r.lagging, instanceID(id)) }) {
+		return underWay("the group does not list what it has")
+	}
 	return nil
 }
 
@@ -276,8 +308,8 @@ func (b *Backend) terminatePart(ctx context.Context, r reading, ids []string, de
 	return err
 }
 
-// Stop parks instances. One that cannot be stopped is terminated. Those that
-// are not in standby yet are stopped when Stop is called again.
+// Stop parks instances. One that cannot be stopped is terminated. It is to be
+// called again for those that are not in standby yet.
 func (b *Backend) Stop(ctx context.Context, id model.GroupID, ids []model.InstanceID) error {
 	r, err := b.begin(ctx, id, fmt.Sprintf("parking %d instances", len(ids)))
 	if err == nil {
@@ -290,13 +322,14 @@ func (b *Backend) Stop(ctx context.Context, id model.GroupID, ids []model.Instan
 }
 
 func (b *Backend) stop(ctx context.Context, r reading, ids []model.InstanceID) error {
+	var unfit []string
 	serving := r.pick(ids, func(m member) bool { return m.lifecycle == astypes.LifecycleStateInService && !m.ended })
 	if len(serving) > 0 {
 		machines, err := b.describe(ctx, serving)
 		if err != nil {
 			return err
 		}
-		unfit := slices.DeleteFunc(slices.Clone(serving), func(id string) bool { m, ok := machines[id]; return !ok || m.parkable })
+		unfit = slices.DeleteFunc(slices.Clone(serving), func(id string) bool { m, ok := machines[id]; return !ok || m.parkable })
 		if b.managed(r.name) {
 			unfit = serving // never shown to work in managed node groups
 		}
@@ -340,6 +373,13 @@ func (b *Backend) stop(ctx context.Context, r reading, ids []model.InstanceID) e
 			return err
 		}
 	}
+	if waiting := r.pick(ids, func(m member) bool {
+		state, ok := ec2State(m.machine.state)
+		return !m.ended && !leaving(m.lifecycle) && !slices.Contains(unfit, m.id) &&
+			(m.lifecycle != astypes.LifecycleStateStandby || ok && running(state))
+	}); len(waiting) > 0 {
+		return underWay("entering standby and stopping")
+	}
 	return nil
 }
 
@@ -351,8 +391,8 @@ func providerIDs(ids []string) []model.InstanceID {
 	return out
 }
 
-// Start unparks instances: it starts them and, when it is called again and they
-// run, brings them back into service.
+// Start unparks instances: it starts them and, once they run, brings them back
+// into service. It is to be called again until it has.
 func (b *Backend) Start(ctx context.Context, id model.GroupID, ids []model.InstanceID) error {
 	r, err := b.begin(ctx, id, fmt.Sprintf("resuming %d instances", len(ids)))
 	if err == nil {
@@ -392,6 +432,9 @@ func (b *Backend) resume(ctx context.Context, r reading, ids []model.InstanceID)
 		if err != nil {
 			return fmt.Errorf("leaving standby: %w", err)
 		}
+	}
+	if waiting := r.pick(ids, func(m member) bool { return standby(m.lifecycle) && !m.ended }); len(waiting) > 0 {
+		return cmp.Or(refused, underWay("starting and leaving standby"))
 	}
 	return refused
 }

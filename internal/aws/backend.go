@@ -101,6 +101,8 @@ type group struct {
 	markers   map[string]string    // written by us
 	listed    map[string]string    // id to zone, of the last snapshot
 	actedAt   time.Time
+	setTo     int // the capacity that was set last, at setAt
+	setAt     time.Time
 	hold      time.Time
 	failure   *model.LaunchFailure
 	failureAt time.Time

@@ -3,9 +3,7 @@ package controller
 import (
 	"context"
 	"fmt"
-	"io"
 	"log/slog"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -62,7 +60,7 @@ func awsExperiment(t *testing.T, groups []model.NodeGroup, f func(l awsLab)) {
 			cloud.AddGroup(awsfake.Group{Name: string(g.ID), Min: g.Min, Max: g.Max, Capacity: -1, Tags: map[string]string{"hearth": "1"}})
 		}
 		l := awsLab{aws: cloud, lab: &lab{
-			t: t, cloud: newFakeCloud(groups), cluster: newFakeCluster(awsMachines{cloud}), store: newFakeStore(), events: &fakeEvents{},
+			t: t, cloud: newFakeCloud(groups), cluster: newFakeCluster(awsMachines{cloud}), store: newFakeStore(), memories: newFakeMemories(), events: &fakeEvents{},
 			groups: groups, log: &logBuffer{},
 		}}
 		l.change = func(cfg *Config) {
@@ -147,7 +145,7 @@ func (l awsLab) settlesAt(serving, parked int) {
 
 // faultPhases are what a fleet of two does while calls go wrong; each returns
 // how many serve and are parked in the end, and which instances may be gone.
-func faultPhases() map[string]func(l awsLab, break_ func()) (serving, parked, terminated int) {
+func faultPhases() map[string]func(l awsLab, broken func()) (serving, parked, terminated int) {
 	parkAll := func(l awsLab) {
 		l.t.Helper()
 		l.parked(l.ready()...)
@@ -256,6 +254,3 @@ func TestAWSFaults(t *testing.T) {
 	}
 	t.Logf("%d cases in which a call went wrong", cases)
 }
-
-var _ = io.Discard
-var _ = slices.Sort[[]int]

@@ -617,7 +617,10 @@ func (o *owner) finished(r result) {
 	if g == nil {
 		return
 	}
-	if r.err != nil {
+	switch {
+	case errors.Is(r.err, model.ErrUnderWay):
+		o.log.Debug("acting goes on", "nodegroup", r.effect.Group, "action", r.effect.Verb, "instances", len(r.effect.Instances), "waits for", r.err)
+	case r.err != nil:
 		o.log.Error("acting failed; it will be tried again", "nodegroup", r.effect.Group, "action", r.effect.Verb,
 			"node", r.effect.Node.Name, "instances", len(r.effect.Instances), "err", r.err)
 	}

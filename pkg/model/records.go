@@ -13,6 +13,10 @@ const MaxWarmKeys = 32
 // everything anew.
 var ErrSuperseded = errors.New("the record was written by another process")
 
+// ErrUnderWay says that a cloud has been asked for a part of what is to be
+// done, and must get on with it before it can be asked for the rest.
+var ErrUnderWay = errors.New("the cloud is still at it")
+
 // NodeRecord is what is kept of one instance between two lives of Hearth
 // (RunnerNode). Times are kept to the second.
 type NodeRecord struct {

@@ -2,6 +2,7 @@ package nodegroups
 
 import (
 	"cmp"
+	"errors"
 	"slices"
 	"time"
 
@@ -287,6 +288,9 @@ const (
 	// at each failure.
 	retryFirst = time.Second
 	retryMost  = 30 * time.Second
+	// retryUnderWay is the wait where nothing has failed, but a cloud must get
+	// on with a part before it can be asked for the rest.
+	retryUnderWay = 5 * time.Second
 )
 
 func (g *Group) done(e Done, now time.Time) {
@@ -310,6 +314,11 @@ func (g *Group) done(e Done, now time.Time) {
 		if !e.Effect.Verb.Cloud() {
 			g.retryAt[key] = now.Add(echo)
 		}
+		return
+	}
+	if errors.Is(e.Err, model.ErrUnderWay) {
+		delete(g.attempts, key)
+		g.retryAt[key] = now.Add(retryUnderWay)
 		return
 	}
 	wait := min(retryFirst<<min(g.attempts[key], 10), retryMost)
