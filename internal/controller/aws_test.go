@@ -165,6 +165,13 @@ func faultPhases() map[string]func(l awsLab, broken func()) (serving, parked, te
 		broken()
 		l.must(l.remove(runners, nodes...))
 	}
+	removeOne := func(l awsLab, broken func()) {
+		l.t.Helper()
+		l.within(30*time.Minute, "release", func() bool { return len(l.unprotected()) > 0 })
+		n, _ := l.cluster.node(l.unprotected()[0])
+		broken()
+		l.must(l.remove(runners, n))
+	}
 	return map[string]func(awsLab, func()) (int, int, int){
 		"grow": func(l awsLab, broken func()) (int, int, int) {
 			broken()
@@ -179,6 +186,21 @@ func faultPhases() map[string]func(l awsLab, broken func()) (serving, parked, te
 		"park": func(l awsLab, broken func()) (int, int, int) {
 			removeAll(l, broken)
 			return 0, 2, 0
+		},
+		"remove one": func(l awsLab, broken func()) (int, int, int) {
+			removeOne(l, broken)
+			return 1, 0, 1
+		},
+		"park one": func(l awsLab, broken func()) (int, int, int) {
+			removeOne(l, broken)
+			return 1, 1, 0
+		},
+		"end a parked one": func(l awsLab, broken func()) (int, int, int) {
+			removeOne(l, func() {})
+			l.within(5*time.Minute, "parked node", func() bool { return l.has("Standby", "stopped") == 1 })
+			broken()
+			l.within(30*time.Minute, "termination", func() bool { return l.has("", "terminated") == 1 })
+			return 1, 0, 1
 		},
 		"unpark": func(l awsLab, broken func()) (int, int, int) {
 			parkAll(l)
@@ -256,6 +278,9 @@ func faultCase(t *testing.T, name string, rule faultRule) (hits int, called map[
 	annotations := []string{"max-idle", "1m"}
 	if strings.Contains(name, "park") {
 		annotations = append(annotations, "park", "stop")
+	}
+	if strings.Contains(name, "end") {
+		annotations = append(annotations, "max-parked-age", "20m")
 	}
 	awsExperiment(t, []model.NodeGroup{group(runners, annotations...)}, func(l awsLab) {
 		l.start()
