@@ -77,8 +77,17 @@ func (r reading) pick(ids []model.InstanceID, holds func(member) bool) (out []st
 // begin reads the group that is to be changed, unless it has just been.
 func (b *Backend) begin(ctx context.Context, id model.GroupID, doing string) (reading, error) {
 	if b.cfg.DryRun {
-		b.cfg.Logger.Info("dry run: would be "+doing, "nodegroup", id)
-		return reading{}, ErrDryRun
+		b.mu.Lock()
+		g := b.groups[id]
+		news := g != nil && g.would != doing
+		if news {
+			g.would = doing
+		}
+		b.mu.Unlock()
+		if news {
+			b.cfg.Logger.Info("dry run: the group would be "+doing, "nodegroup", id)
+		}
+		return reading{}, model.ErrDryRun
 	}
 	now := b.cfg.Now()
 	b.mu.Lock()
@@ -242,7 +251,7 @@ func (b *Backend) protect(ctx context.Context, r reading) error {
 
 // Terminate ends instances for good.
 func (b *Backend) Terminate(ctx context.Context, id model.GroupID, ids []model.InstanceID) error {
-	r, err := b.begin(ctx, id, fmt.Sprintf("rid of %d instances", len(ids)))
+	r, err := b.begin(ctx, id, fmt.Sprintf("rid of %v", ids))
 	if err == nil {
 		err = b.terminate(ctx, r, ids)
 	}
@@ -311,7 +320,7 @@ func (b *Backend) terminatePart(ctx context.Context, r reading, ids []string, de
 // Stop parks instances. One that cannot be stopped is terminated. It is to be
 // called again for those that are not in standby yet.
 func (b *Backend) Stop(ctx context.Context, id model.GroupID, ids []model.InstanceID) error {
-	r, err := b.begin(ctx, id, fmt.Sprintf("parking %d instances", len(ids)))
+	r, err := b.begin(ctx, id, fmt.Sprintf("parking %v", ids))
 	if err == nil {
 		err = b.stop(ctx, r, ids)
 	}
@@ -394,7 +403,7 @@ func providerIDs(ids []string) []model.InstanceID {
 // Start unparks instances: it starts them and, once they run, brings them back
 // into service. It is to be called again until it has.
 func (b *Backend) Start(ctx context.Context, id model.GroupID, ids []model.InstanceID) error {
-	r, err := b.begin(ctx, id, fmt.Sprintf("resuming %d instances", len(ids)))
+	r, err := b.begin(ctx, id, fmt.Sprintf("resuming %v", ids))
 	if err == nil {
 		err = b.resume(ctx, r, ids)
 	}
@@ -462,4 +471,37 @@ func (b *Backend) mark(ctx context.Context, group string, ids []string, marker s
 		b.mu.Unlock()
 	}
 	return nil
+}
+
+// Uninstall takes the protection from scale in off the instances of all
+// selected groups, but of those whose new instances are protected anyway, and
+// names the instances that are parked: these stay as they are.
+func (b *Backend) Uninstall(ctx context.Context) error {
+	if b.cfg.DryRun {
+		return nil
+	}
+	groups, err := b.listAll(ctx)
+	if err != nil {
+		return fmt.Errorf("reading Auto Scaling groups: %w", err)
+	}
+	var failed []error
+	for _, g := range groups {
+		var ids []string
+		for _, i := range g.Instances {
+			if awssdk.ToBool(i.ProtectedFromScaleIn) && !awssdk.ToBool(g.NewInstancesProtectedFromScaleIn) && !leaving(i.LifecycleState) {
+				ids = append(ids, awssdk.ToString(i.InstanceId))
+			}
+			if standby(i.LifecycleState) {
+				b.cfg.Logger.Warn("the instance is parked and stays so: end it, or start it and have it leave standby",
+					"nodegroup", awssdk.ToString(g.AutoScalingGroupName), "instance", awssdk.ToString(i.InstanceId))
+			}
+		}
+		for part := range slices.Chunk(ids, mostProtect) {
+			_, err := b.cfg.AutoScaling.SetInstanceProtection(ctx, &autoscaling.SetInstanceProtectionInput{
+				AutoScalingGroupName: g.AutoScalingGroupName, InstanceIds: part, ProtectedFromScaleIn: awssdk.Bool(false),
+			})
+			failed = append(failed, err)
+		}
+	}
+	return errors.Join(failed...)
 }

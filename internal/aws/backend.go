@@ -86,8 +86,10 @@ type Backend struct {
 
 	mu        sync.Mutex
 	groups    map[model.GroupID]*group
-	fullAt    time.Time
+	fullAt    time.Time // of the last full snapshot
+	readAt    time.Time // of the last read of all groups
 	templates templates
+	changed   chan struct{} // the groups that are named have
 }
 
 // group is what is known of one Auto Scaling group.
@@ -101,7 +103,8 @@ type group struct {
 	markers   map[string]string    // written by us
 	listed    map[string]string    // id to zone, of the last snapshot
 	actedAt   time.Time
-	setTo     int // the capacity that was set last, at setAt
+	would     string // what a dry run last said
+	setTo     int    // the capacity that was set last, at setAt
 	setAt     time.Time
 	hold      time.Time
 	failure   *model.LaunchFailure
@@ -124,9 +127,6 @@ const (
 	groupTag  = "aws:autoscaling:groupName"
 )
 
-// ErrDryRun refuses every write of a backend that only watches.
-var ErrDryRun = errors.New("backend.aws.dryRun is on: nothing is changed")
-
 // New returns a backend. It calls nothing yet.
 func New(cfg Config) (*Backend, error) {
 	if cfg.AutoScaling == nil || cfg.EC2 == nil || cfg.Logger == nil {
@@ -141,7 +141,26 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Protect == nil {
 		cfg.Protect = func(model.GroupID) bool { return false }
 	}
-	return &Backend{cfg: cfg, groups: map[model.GroupID]*group{}, templates: newTemplates()}, nil
+	return &Backend{cfg: cfg, groups: map[model.GroupID]*group{}, templates: newTemplates(), changed: make(chan struct{}, 1)}, nil
+}
+
+// SetGroups replaces the groups that are named and their annotations.
+func (b *Backend) SetGroups(groups []model.NodeGroup) {
+	b.mu.Lock()
+	b.cfg.Groups = groups
+	b.readAt = time.Time{}
+	b.mu.Unlock()
+	select {
+	case b.changed <- struct{}{}:
+	default:
+	}
+}
+
+// named returns the groups that the config names.
+func (b *Backend) named() []model.NodeGroup {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.cfg.Groups
 }
 
 // Snapshot reads all groups once a minute, and in between those in which
@@ -173,6 +192,11 @@ func (b *Backend) Snapshot(ctx context.Context) (model.Snapshot, error) {
 		return model.Snapshot{}, fmt.Errorf("reading Auto Scaling groups: %w", err)
 	}
 	b.take(read, full, now, out.Errors)
+	if full {
+		b.mu.Lock()
+		b.fullAt = now
+		b.mu.Unlock()
+	}
 	b.observe(ctx, read, now, &out)
 	return out, nil
 }
@@ -223,7 +247,7 @@ func (b *Backend) listAll(ctx context.Context) ([]astypes.AutoScalingGroup, erro
 		}
 	}
 	var names []string
-	for _, g := range b.cfg.Groups {
+	for _, g := range b.named() {
 		if _, found := byName[string(g.ID)]; !found {
 			names = append(names, string(g.ID))
 		}
@@ -291,7 +315,7 @@ func (b *Backend) take(read []astypes.AutoScalingGroup, full bool, now time.Time
 	if !full {
 		return
 	}
-	b.fullAt = now
+	b.readAt = now
 	for id, g := range b.groups {
 		if seen[id] {
 			continue

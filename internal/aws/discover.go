@@ -47,6 +47,10 @@ func optionKeys() map[string]string {
 // and managed node groups may be.
 const templatesEvery = 10 * time.Minute
 
+// discoverEvery is how old what was read of all groups may be where no
+// snapshots are taken: in a replica that does not lead.
+const discoverEvery = 3 * time.Minute
+
 // templates caches what templates are made of. It belongs to Discover, which
 // is not called concurrently.
 type templates struct {
@@ -79,13 +83,16 @@ func newTemplates() templates {
 // as last read, templates as of the last ten minutes. A group whose template
 // cannot be made keeps its last one; without any it is left out and logged.
 func (b *Backend) Discover(ctx context.Context) ([]model.NodeGroup, error) {
+	now := b.cfg.Now()
 	b.mu.Lock()
-	known := !b.fullAt.IsZero()
+	known := !b.readAt.IsZero() && now.Sub(b.readAt) < discoverEvery
 	b.mu.Unlock()
 	if !known {
-		if _, err := b.Snapshot(ctx); err != nil {
-			return nil, err
+		read, err := b.listAll(ctx)
+		if err != nil {
+			return nil, fmt.Errorf("reading Auto Scaling groups: %w", err)
 		}
+		b.take(read, true, now, map[model.GroupID]error{})
 	}
 	b.mu.Lock()
 	asgs := make([]astypes.AutoScalingGroup, 0, len(b.groups))
@@ -114,22 +121,23 @@ func (b *Backend) Discover(ctx context.Context) ([]model.NodeGroup, error) {
 	return out, nil
 }
 
-// Run declares the groups again whenever they change, and keeps the instances
-// of those that want it protected from scale in, until ctx ends.
+// Run declares the groups whenever they change, and keeps the instances of
+// those that want it protected from scale in, until ctx ends.
 func (b *Backend) Run(ctx context.Context, declare func([]model.NodeGroup)) error {
 	var before []model.NodeGroup
+	declared := false
 	ticker := time.NewTicker(10 * time.Second)
 	defer ticker.Stop()
 	for n := 0; ; n++ {
-		if n%3 == 0 {
+		if n%3 == 0 || !declared {
 			groups, err := b.Discover(ctx)
 			switch {
 			case ctx.Err() != nil:
 				return nil
 			case err != nil:
 				b.cfg.Logger.Error("discovering groups failed; those known go on", "err", err)
-			case !reflect.DeepEqual(groups, before):
-				before = groups
+			case !declared || !reflect.DeepEqual(groups, before):
+				before, declared = groups, true
 				declare(groups)
 			}
 		}
@@ -137,6 +145,8 @@ func (b *Backend) Run(ctx context.Context, declare func([]model.NodeGroup)) erro
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-b.changed:
+			n = -1
 		case <-ticker.C:
 		}
 	}
@@ -218,7 +228,7 @@ func (b *Backend) annotations(id model.GroupID, asg astypes.AutoScalingGroup, t 
 			out[k] = v
 		}
 	}
-	for _, g := range b.cfg.Groups {
+	for _, g := range b.named() {
 		if g.ID == id {
 			maps.Copy(out, g.Annotations)
 		}

@@ -69,6 +69,7 @@ func awsExperiment(t *testing.T, groups []model.NodeGroup, f func(l awsLab)) {
 			t: t, cloud: newFakeCloud(groups), cluster: newFakeCluster(awsMachines{cloud}), store: newFakeStore(), memories: newFakeMemories(), events: &fakeEvents{},
 			groups: groups, log: &logBuffer{},
 		}}
+		l.cluster.unlabelled = true // a kubelet knows nothing of groups
 		l.change = func(cfg *Config) {
 			clients := aws.Over(cloud.Transport())
 			backend, err := aws.New(aws.Config{

@@ -314,6 +314,16 @@ func (c *fakeCluster) ClearCATaint(ctx context.Context, name model.NodeName, uid
 	return c.change(ctx, "clear-autoscaler-taint", name, uid, func(n *model.Node) { n.CATaintSince, n.Unschedulable = time.Time{}, false })
 }
 
+func (c *fakeCluster) Label(ctx context.Context, name model.NodeName, uid string, group model.GroupID) error {
+	return c.change(ctx, "label", name, uid, func(n *model.Node) {
+		n.Labels = maps.Clone(n.Labels)
+		if n.Labels == nil {
+			n.Labels = map[string]string{}
+		}
+		n.Labels[model.Prefix+"/node-group"] = model.GroupLabel(group)
+	})
+}
+
 func (c *fakeCluster) Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error {
 	return c.change(ctx, "mark", name, uid, func(n *model.Node) {
 		n.Marks.Decision, n.Marks.Reason, n.Marks.Warm = marks.Decision, marks.Reason, marks.Warm

@@ -60,6 +60,8 @@ type Nodes interface {
 	// ClearCATaint removes cluster-autoscaler's ToBeDeleted taint.
 	ClearCATaint(ctx context.Context, name model.NodeName, uid string) error
 	Delete(ctx context.Context, name model.NodeName, uid string) error
+	// Label puts the label of its group on a node that has none.
+	Label(ctx context.Context, name model.NodeName, uid string, group model.GroupID) error
 	// Mark makes the node's annotations those of marks; a person's own
 	// scale-down-disabled is never touched.
 	Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error

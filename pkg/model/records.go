@@ -13,6 +13,9 @@ const MaxWarmKeys = 32
 // everything anew.
 var ErrSuperseded = errors.New("the record was written by another process")
 
+// ErrDryRun says that a cloud is only watched: nothing is changed.
+var ErrDryRun = errors.New("this is a dry run: nothing is changed")
+
 // ErrUnderWay says that a cloud has been asked for a part of what is to be
 // done, and must get on with it before it can be asked for the rest.
 var ErrUnderWay = errors.New("the cloud is still at it")

@@ -316,7 +316,7 @@ func (g *Group) done(e Done, now time.Time) {
 		}
 		return
 	}
-	if errors.Is(e.Err, model.ErrUnderWay) {
+	if errors.Is(e.Err, model.ErrUnderWay) || errors.Is(e.Err, model.ErrDryRun) {
 		delete(g.attempts, key)
 		g.retryAt[key] = now.Add(retryUnderWay)
 		return
