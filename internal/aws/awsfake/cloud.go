@@ -157,6 +157,13 @@ func New(now time.Time, timing Timing) *Cloud {
 	}
 }
 
+// SetTiming changes how long things take from now on.
+func (c *Cloud) SetTiming(t Timing) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.timing = t
+}
+
 // AddGroup adds or replaces a group.
 func (c *Cloud) AddGroup(g Group) {
 	c.mu.Lock()
