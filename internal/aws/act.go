@@ -155,6 +155,25 @@ func (b *Backend) acted(id string, err error) {
 	}
 }
 
+// raised notes that a group's capacity was raised, or why it could not be.
+func (b *Backend) raised(id string, err error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	g := b.groups[model.GroupID(id)]
+	if g == nil {
+		return
+	}
+	now := b.cfg.Now()
+	g.refused = nil
+	switch {
+	case err == nil:
+		g.raisedAt, g.failure, g.failureAt = now, nil, time.Time{}
+	case rejected(err):
+		g.refused = refusal(err, now)
+		g.setAt = time.Time{}
+	}
+}
+
 // rejected says whether a call is known not to have taken effect.
 func rejected(err error) bool {
 	response, ok := errors.AsType[*smithyhttp.ResponseError](err)
@@ -208,6 +227,9 @@ func (b *Backend) resize(ctx context.Context, id model.GroupID, desired int) err
 		AutoScalingGroupName: &r.name, DesiredCapacity: awssdk.Int32(int32(want)), HonorCooldown: awssdk.Bool(false), //nolint:gosec // at most the group's maximum
 	}, once)
 	b.acted(r.name, err)
+	if want > r.desired {
+		b.raised(r.name, err)
+	}
 	return errors.Join(err, refused)
 }
 
@@ -340,7 +362,7 @@ func (b *Backend) stop(ctx context.Context, r reading, ids []model.InstanceID) e
 		}
 		unfit = slices.DeleteFunc(slices.Clone(serving), func(id string) bool { m, ok := machines[id]; return !ok || m.parkable })
 		if b.managed(r.name) {
-			unfit = serving // never shown to work in managed node groups
+			unfit = slices.Clone(serving) // never shown to work in managed node groups
 		}
 		serving = slices.DeleteFunc(serving, func(id string) bool { return slices.Contains(unfit, id) })
 		if len(unfit) > 0 {

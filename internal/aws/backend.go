@@ -109,6 +109,8 @@ type group struct {
 	hold      time.Time
 	failure   *model.LaunchFailure
 	failureAt time.Time
+	raisedAt  time.Time            // when the capacity was last raised by us
+	refused   *model.LaunchFailure // why it could not be
 }
 
 // machine is what EC2 says of an instance.
@@ -367,7 +369,7 @@ func (b *Backend) observe(ctx context.Context, read []astypes.AutoScalingGroup, 
 		if missing == 0 {
 			g.failure, g.failureAt = nil, time.Time{}
 		}
-		asg := g.asg
+		asg, raised := g.asg, g.raisedAt
 		b.mu.Unlock()
 		for _, i := range s.Instances {
 			if other, twice := owners[string(i.ID)]; twice {
@@ -376,7 +378,7 @@ func (b *Backend) observe(ctx context.Context, read []astypes.AutoScalingGroup, 
 			owners[string(i.ID)] = id
 		}
 		if ask {
-			failure, err := b.lastFailure(ctx, asg, now)
+			failure, err := b.lastFailure(ctx, asg, raised, now)
 			if err != nil {
 				b.cfg.Logger.Warn("reading scaling activities failed", "nodegroup", id, "err", err)
 			}
@@ -388,7 +390,8 @@ func (b *Backend) observe(ctx context.Context, read []astypes.AutoScalingGroup, 
 			b.mu.Unlock()
 		}
 		b.mu.Lock()
-		if missing > 0 {
+		s.Failure = g.refused
+		if missing > 0 && g.failure != nil {
 			s.Failure = g.failure
 		}
 		b.mu.Unlock()

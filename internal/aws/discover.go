@@ -1,7 +1,9 @@
 package aws
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -54,8 +56,10 @@ const discoverEvery = 3 * time.Minute
 // templates caches what templates are made of. It belongs to Discover, which
 // is not called concurrently.
 type templates struct {
-	versions   map[string]cached[ec2types.ResponseLaunchTemplateData]
+	numbers    map[string]cached[numbers] // by launch template
+	versions   map[string]ec2types.ResponseLaunchTemplateData
 	configs    map[string]cached[string]
+	smallest   map[string]cached[string]            // by instance requirements
 	types      map[string]ec2types.InstanceTypeInfo // these do not change
 	nodegroups map[string]cached[nodegroup]
 	last       map[model.GroupID]model.Template // the last good one of each group
@@ -73,8 +77,8 @@ type nodegroup struct {
 
 func newTemplates() templates {
 	return templates{
-		versions: map[string]cached[ec2types.ResponseLaunchTemplateData]{}, configs: map[string]cached[string]{},
-		types: map[string]ec2types.InstanceTypeInfo{}, nodegroups: map[string]cached[nodegroup]{},
+		numbers: map[string]cached[numbers]{}, versions: map[string]ec2types.ResponseLaunchTemplateData{}, configs: map[string]cached[string]{},
+		smallest: map[string]cached[string]{}, types: map[string]ec2types.InstanceTypeInfo{}, nodegroups: map[string]cached[nodegroup]{},
 		last: map[model.GroupID]model.Template{},
 	}
 }
@@ -100,6 +104,9 @@ func (b *Backend) Discover(ctx context.Context) ([]model.NodeGroup, error) {
 		asgs = append(asgs, b.groups[id].asg)
 	}
 	b.mu.Unlock()
+	if err := b.follow(ctx, asgs); err != nil {
+		b.cfg.Logger.Error("following launch templates failed; the versions known before apply", "err", err)
+	}
 	var out []model.NodeGroup
 	for _, asg := range asgs {
 		id := model.GroupID(awssdk.ToString(asg.AutoScalingGroupName))
@@ -113,8 +120,9 @@ func (b *Backend) Discover(ctx context.Context) ([]model.NodeGroup, error) {
 			template = last
 		}
 		b.templates.last[id] = template
+		most := int(awssdk.ToInt32(asg.MaxSize))
 		out = append(out, model.NodeGroup{
-			ID: id, Min: int(awssdk.ToInt32(asg.MinSize)), Max: int(awssdk.ToInt32(asg.MaxSize)),
+			ID: id, Min: min(int(awssdk.ToInt32(asg.MinSize)), most), Max: most,
 			Template: template, Annotations: b.annotations(id, asg, template),
 		})
 	}
@@ -285,11 +293,17 @@ func firstOf(s []string) string {
 // instanceType is the type of the group's first override, else of its launch
 // template or configuration.
 func (b *Backend) instanceType(ctx context.Context, asg astypes.AutoScalingGroup) (string, ec2types.ResponseLaunchTemplateData, error) {
-	spec, override := asg.LaunchTemplate, ""
+	spec, override := templateOf(asg), ""
 	if p := asg.MixedInstancesPolicy; p != nil && p.LaunchTemplate != nil {
-		spec = p.LaunchTemplate.LaunchTemplateSpecification
 		for _, o := range p.LaunchTemplate.Overrides {
 			if override = awssdk.ToString(o.InstanceType); override != "" {
+				break
+			}
+			if o.InstanceRequirements != nil {
+				var err error
+				if override, err = b.smallest(ctx, *o.InstanceRequirements); err != nil {
+					return "", ec2types.ResponseLaunchTemplateData{}, err
+				}
 				break
 			}
 		}
@@ -325,27 +339,143 @@ func (b *Backend) instanceType(ctx context.Context, asg astypes.AutoScalingGroup
 	return override, data, nil
 }
 
-func (b *Backend) version(ctx context.Context, id, version string) (ec2types.ResponseLaunchTemplateData, error) {
-	if version == "" {
-		version = "$Default"
+// smallest is the type with the least of CPU, then memory, that meets
+// requirements: what fits on it fits on whatever AWS picks.
+func (b *Backend) smallest(ctx context.Context, r astypes.InstanceRequirements) (string, error) {
+	// The services' types differ in name only.
+	text, err := json.Marshal(r)
+	if err != nil {
+		return "", fmt.Errorf("reading instance requirements: %w", err)
 	}
-	key, now := id+" "+version, b.cfg.Now()
-	known, ok := b.templates.versions[key]
-	// A numbered version never changes.
-	if ok && (now.Sub(known.at) < templatesEvery || !strings.HasPrefix(version, "$")) {
+	key, now := string(text), b.cfg.Now()
+	if known, ok := b.templates.smallest[key]; ok && now.Sub(known.at) < templatesEvery {
 		return known.value, nil
+	}
+	var wanted ec2types.InstanceRequirementsRequest
+	if err := json.Unmarshal(text, &wanted); err != nil {
+		return "", fmt.Errorf("reading instance requirements: %w", err)
+	}
+	in := &ec2.GetInstanceTypesFromInstanceRequirementsInput{
+		ArchitectureTypes:    []ec2types.ArchitectureType{ec2types.ArchitectureTypeX8664, ec2types.ArchitectureTypeArm64},
+		VirtualizationTypes:  []ec2types.VirtualizationType{ec2types.VirtualizationTypeHvm},
+		InstanceRequirements: &wanted,
+	}
+	var names []ec2types.InstanceType
+	for {
+		answer, err := b.cfg.EC2.GetInstanceTypesFromInstanceRequirements(ctx, in)
+		if err != nil {
+			return "", fmt.Errorf("reading the types that meet instance requirements: %w", err)
+		}
+		for _, t := range answer.InstanceTypes {
+			names = append(names, ec2types.InstanceType(awssdk.ToString(t.InstanceType)))
+		}
+		if in.NextToken = answer.NextToken; awssdk.ToString(in.NextToken) == "" {
+			break
+		}
+	}
+	var found []ec2types.InstanceTypeInfo
+	for part := range slices.Chunk(names, 100) {
+		answer, err := b.cfg.EC2.DescribeInstanceTypes(ctx, &ec2.DescribeInstanceTypesInput{InstanceTypes: part})
+		if err != nil {
+			return "", fmt.Errorf("reading instance types: %w", err)
+		}
+		found = append(found, answer.InstanceTypes...)
+	}
+	if len(found) == 0 {
+		return "", errors.New("no instance type meets the group's instance requirements")
+	}
+	least := slices.MinFunc(found, func(a, b ec2types.InstanceTypeInfo) int {
+		return cmp.Or(cmp.Compare(cpusOf(a), cpusOf(b)), cmp.Compare(mibOf(a), mibOf(b)), cmp.Compare(a.InstanceType, b.InstanceType))
+	})
+	b.templates.smallest[key] = cached[string]{string(least.InstanceType), now}
+	return string(least.InstanceType), nil
+}
+
+// templateOf is the launch template that a group launches from, nil when it has
+// none.
+func templateOf(asg astypes.AutoScalingGroup) *astypes.LaunchTemplateSpecification {
+	if p := asg.MixedInstancesPolicy; p != nil && p.LaunchTemplate != nil {
+		return p.LaunchTemplate.LaunchTemplateSpecification
+	}
+	return asg.LaunchTemplate
+}
+
+// followed says whether a version is not a number, but what EC2 calls the
+// latest or the default one now.
+func followed(version string) bool { return version == "" || strings.HasPrefix(version, "$") }
+
+// numbers are those of a launch template's versions.
+type numbers struct{ standard, latest int64 }
+
+// follow reads which versions the groups' launch templates are at now, many in
+// a call.
+func (b *Backend) follow(ctx context.Context, asgs []astypes.AutoScalingGroup) error {
+	now, old := b.cfg.Now(), map[string]bool{}
+	for _, asg := range asgs {
+		if spec := templateOf(asg); spec != nil && followed(awssdk.ToString(spec.Version)) {
+			id := awssdk.ToString(spec.LaunchTemplateId)
+			known, ok := b.templates.numbers[id]
+			old[id] = !ok || now.Sub(known.at) >= templatesEvery
+		}
+	}
+	maps.DeleteFunc(old, func(_ string, is bool) bool { return !is })
+	for part := range slices.Chunk(slices.Sorted(maps.Keys(old)), 200) {
+		if err := b.followPart(ctx, part); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *Backend) followPart(ctx context.Context, ids []string) error {
+	answer, err := b.cfg.EC2.DescribeLaunchTemplates(ctx, &ec2.DescribeLaunchTemplatesInput{LaunchTemplateIds: ids})
+	if isCode(err, "InvalidLaunchTemplateId.NotFound") {
+		// One that does not exist fails the call for all.
+		if len(ids) == 1 {
+			b.templates.numbers[ids[0]] = cached[numbers]{at: b.cfg.Now()}
+			return nil
+		}
+		half := len(ids) / 2
+		return errors.Join(b.followPart(ctx, ids[:half]), b.followPart(ctx, ids[half:]))
+	}
+	if err != nil {
+		return fmt.Errorf("reading launch templates: %w", err)
+	}
+	for _, t := range answer.LaunchTemplates {
+		b.templates.numbers[awssdk.ToString(t.LaunchTemplateId)] = cached[numbers]{
+			numbers{awssdk.ToInt64(t.DefaultVersionNumber), awssdk.ToInt64(t.LatestVersionNumber)}, b.cfg.Now(),
+		}
+	}
+	return nil
+}
+
+// version reads a version of a launch template. A numbered one never changes.
+func (b *Backend) version(ctx context.Context, id, version string) (ec2types.ResponseLaunchTemplateData, error) {
+	if followed(version) {
+		n := b.templates.numbers[id].value.standard
+		if version == "$Latest" {
+			n = b.templates.numbers[id].value.latest
+		}
+		if n == 0 {
+			return ec2types.ResponseLaunchTemplateData{}, fmt.Errorf("launch template %q cannot be found", id)
+		}
+		version = strconv.FormatInt(n, 10)
+	}
+	key := id + " " + version
+	if known, ok := b.templates.versions[key]; ok {
+		return known, nil
 	}
 	answer, err := b.cfg.EC2.DescribeLaunchTemplateVersions(ctx, &ec2.DescribeLaunchTemplateVersionsInput{LaunchTemplateId: &id, Versions: []string{version}})
 	if err != nil {
-		return known.value, fmt.Errorf("reading launch template %q, version %s: %w", id, version, err)
+		return ec2types.ResponseLaunchTemplateData{}, fmt.Errorf("reading launch template %q, version %s: %w", id, version, err)
 	}
 	for _, v := range answer.LaunchTemplateVersions {
 		if v.LaunchTemplateData != nil {
-			known = cached[ec2types.ResponseLaunchTemplateData]{*v.LaunchTemplateData, now}
+			b.templates.versions[key] = *v.LaunchTemplateData
+			return *v.LaunchTemplateData, nil
 		}
 	}
-	b.templates.versions[key] = known
-	return known.value, nil
+	return ec2types.ResponseLaunchTemplateData{}, fmt.Errorf("launch template %q has no version %s", id, version)
 }
 
 func (b *Backend) typeInfo(ctx context.Context, name string) (ec2types.InstanceTypeInfo, error) {

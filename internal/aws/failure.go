@@ -3,6 +3,7 @@ package aws
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -46,6 +47,29 @@ func (b *Backend) launching(ctx context.Context, r reading) (n int, err error) {
 	return n, err
 }
 
+const (
+	// failureAge is how old a failure may be that nothing has followed: Auto
+	// Scaling tries again by itself, ever more seldom.
+	failureAge = time.Hour
+	// clockSkew is how far our clock may be ahead of AWS's.
+	clockSkew = 5 * time.Second
+)
+
+// refusal tells a refused SetDesiredCapacity like a failed launch; nil when it
+// may be that the next try succeeds.
+func refusal(err error, now time.Time) *model.LaunchFailure {
+	f := &model.LaunchFailure{Activity: fmt.Sprintf("refused-%d", now.Unix()), Message: err.Error(), At: now}
+	switch {
+	case isCode(err, "AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "ExpiredToken", "InvalidClientTokenId", "UnrecognizedClientException"):
+		f.Class = model.FailurePermissions
+	case isCode(err, "ValidationError"):
+		f.Class = model.FailureUnknown
+	default:
+		return nil
+	}
+	return f
+}
+
 func finished(a astypes.Activity) bool {
 	switch a.StatusCode {
 	case astypes.ScalingActivityStatusCodeSuccessful, astypes.ScalingActivityStatusCodeFailed, astypes.ScalingActivityStatusCodeCancelled:
@@ -55,11 +79,15 @@ func finished(a astypes.Activity) bool {
 }
 
 // lastFailure is the newest attempt of an under-filled group to launch, if it
-// failed.
-func (b *Backend) lastFailure(ctx context.Context, asg astypes.AutoScalingGroup, now time.Time) (*model.LaunchFailure, error) {
+// failed. What failed before the capacity was last raised is no news of it.
+func (b *Backend) lastFailure(ctx context.Context, asg astypes.AutoScalingGroup, raised, now time.Time) (*model.LaunchFailure, error) {
+	since := now.Add(-failureAge)
+	if raised.Add(-clockSkew).After(since) {
+		since = raised.Add(-clockSkew)
+	}
 	for _, p := range asg.SuspendedProcesses {
 		if awssdk.ToString(p.ProcessName) == "Launch" {
-			return &model.LaunchFailure{Activity: "suspended", Class: model.FailureUnknown, Message: "the group's Launch process is suspended", At: now}, nil
+			return &model.LaunchFailure{Activity: fmt.Sprintf("suspended-%d", raised.Unix()), Class: model.FailureUnknown, Message: "the group's Launch process is suspended", At: now}, nil
 		}
 	}
 	activities, err := b.activities(ctx, awssdk.ToString(asg.AutoScalingGroupName))
@@ -73,10 +101,14 @@ func (b *Backend) lastFailure(ctx context.Context, asg astypes.AutoScalingGroup,
 		if a.StatusCode == astypes.ScalingActivityStatusCodeSuccessful {
 			return nil, nil //nolint:nilnil // the last attempt succeeded
 		}
-		message := awssdk.ToString(a.StatusMessage)
-		return &model.LaunchFailure{
-			Activity: awssdk.ToString(a.ActivityId), Class: classify(message), Message: message, At: awssdk.ToTime(a.StartTime),
-		}, nil
+		if awssdk.ToTime(a.StartTime).Before(since) {
+			return nil, nil //nolint:nilnil // nothing has failed lately
+		}
+		message, at := awssdk.ToString(a.StatusMessage), awssdk.ToTime(a.StartTime)
+		if at.Before(raised) {
+			at = raised // by our clock it was after
+		}
+		return &model.LaunchFailure{Activity: awssdk.ToString(a.ActivityId), Class: classify(message), Message: message, At: at}, nil
 	}
 	return nil, nil //nolint:nilnil // no attempt has ended
 }

@@ -31,13 +31,7 @@ const (
 // describeNode is a bare node of an instance type; a volume of 0 GiB is not
 // known.
 func describeNode(info ec2types.InstanceTypeInfo, volumeGiB int) model.Template {
-	cpus, mib, arch := 0, 0, "amd64"
-	if info.VCpuInfo != nil {
-		cpus = int(awssdk.ToInt32(info.VCpuInfo.DefaultVCpus))
-	}
-	if info.MemoryInfo != nil {
-		mib = int(awssdk.ToInt64(info.MemoryInfo.SizeInMiB)) * (1000 - overheadPermille) / 1000
-	}
+	cpus, mib, arch := cpusOf(info), mibOf(info)*(1000-overheadPermille)/1000, "amd64"
 	if p := info.ProcessorInfo; p != nil && slices.Contains(p.SupportedArchitectures, ec2types.ArchitectureTypeArm64) {
 		arch = "arm64"
 	}
@@ -72,6 +66,20 @@ func describeNode(info ec2types.InstanceTypeInfo, volumeGiB int) model.Template 
 		}
 	}
 	return t
+}
+
+func cpusOf(info ec2types.InstanceTypeInfo) int {
+	if info.VCpuInfo == nil {
+		return 0
+	}
+	return int(awssdk.ToInt32(info.VCpuInfo.DefaultVCpus))
+}
+
+func mibOf(info ec2types.InstanceTypeInfo) int {
+	if info.MemoryInfo == nil {
+		return 0
+	}
+	return int(awssdk.ToInt64(info.MemoryInfo.SizeInMiB))
 }
 
 // reservedCPU is in thousandths of a core.

@@ -335,6 +335,9 @@ func (g *ground) must(err error) {
 // eventually waits until ok returns nil, and fails with its last error.
 func (g *ground) eventually(what string, within time.Duration, ok func() error) {
 	g.t.Helper()
+	if _, aws := g.cloud.(*amazon); aws {
+		within *= 3 // at rest AWS is read once a minute
+	}
 	deadline := time.Now().Add(within)
 	for {
 		err := ok()

@@ -168,6 +168,9 @@ func (c *Cloud) describeGroups(call Call) (any, error) {
 	for _, i := range reads.instances {
 		if i.Lifecycle != "" && !i.Hidden {
 			byGroup[i.Group] = append(byGroup[i.Group], i)
+			if other := c.claimed[i.ID]; other != "" {
+				byGroup[other] = append(byGroup[other], i)
+			}
 		}
 	}
 	for _, g := range found {
@@ -202,7 +205,7 @@ func (c *Cloud) describe(g *Group, members []*Instance) xmlGroup {
 			x.Mixed.Template.Overrides = append(x.Mixed.Template.Overrides, o)
 		}
 		if g.Requirements {
-			x.Mixed.Template.Overrides = []xmlOverride{{Requirements: &xmlRequirements{MinMiB: 1, MinCPUs: 1}}}
+			x.Mixed.Template.Overrides = []xmlOverride{{Requirements: &xmlRequirements{MinMiB: 16000, MinCPUs: 4}}}
 		}
 	case g.LaunchTemplate != "":
 		x.LaunchTemplate = &spec

@@ -33,12 +33,13 @@ type Timing struct {
 // Cloud is the whole of one account and region. Its methods are safe for
 // concurrent use.
 type Cloud struct {
-	mu     sync.Mutex
-	now    time.Time
-	timing Timing
-	lag    time.Duration
-	past   []view
-	seq    int
+	mu      sync.Mutex
+	now     time.Time
+	timing  Timing
+	lag     time.Duration
+	past    []view
+	claimed map[string]string // instances listed by a second group
+	seq     int
 
 	groups     map[string]*Group
 	instances  map[string]*Instance
@@ -153,7 +154,7 @@ func New(now time.Time, timing Timing) *Cloud {
 		now: now, timing: timing, pages: 100,
 		groups: map[string]*Group{}, instances: map[string]*Instance{},
 		templates: map[string]*LaunchTemplate{}, types: map[string]InstanceType{},
-		nodegroups: map[string]Nodegroup{}, counts: map[string]int{},
+		claimed: map[string]string{}, nodegroups: map[string]Nodegroup{}, counts: map[string]int{},
 	}
 }
 
@@ -231,6 +232,14 @@ func (c *Cloud) EditInstance(id string, change func(*Instance)) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	change(c.instances[id])
+}
+
+// Claim has descriptions of a second group list an instance too, as happens
+// while it is moved.
+func (c *Cloud) Claim(id, group string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.claimed[id] = group
 }
 
 // RemoveGroup deletes a group by force, with its instances.

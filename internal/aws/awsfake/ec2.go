@@ -31,7 +31,7 @@ func (c *Cloud) ec2(call Call) (any, error) {
 	case "DescribeInstanceTypes":
 		return c.describeInstanceTypes(call)
 	case "GetInstanceTypesFromInstanceRequirements":
-		return c.typesForRequirements()
+		return c.typesForRequirements(call)
 	}
 	return nil, &failure{400, "InvalidAction", "The action " + call.Operation + " is not valid"}
 }
@@ -276,7 +276,11 @@ func (c *Cloud) describeInstanceTypes(call Call) (any, error) {
 	return answer, nil
 }
 
-func (c *Cloud) typesForRequirements() (any, error) {
+func (c *Cloud) typesForRequirements(call Call) (any, error) {
+	least := func(what string) int {
+		n, _ := strconv.Atoi(call.Form.Get("InstanceRequirements." + what + ".Min"))
+		return n
+	}
 	type item struct {
 		Name string `xml:"instanceType"`
 	}
@@ -285,6 +289,9 @@ func (c *Cloud) typesForRequirements() (any, error) {
 		Items   []item   `xml:"item"`
 	}{}
 	for _, name := range slices.Sorted(maps.Keys(c.types)) {
+		if c.types[name].VCPUs < least("VCpuCount") || c.types[name].MiB < least("MemoryMiB") {
+			continue
+		}
 		answer.Items = append(answer.Items, item{name})
 	}
 	return answer, nil

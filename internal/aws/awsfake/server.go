@@ -123,6 +123,10 @@ type transport struct{ cloud *Cloud }
 
 func (t transport) RoundTrip(r *http.Request) (*http.Response, error) {
 	w := httptest.NewRecorder()
+	if r.Body == nil {
+		r = r.Clone(r.Context())
+		r.Body = http.NoBody
+	}
 	dropped := false
 	t.cloud.serve(w, r, func() { dropped = true })
 	if err := r.Context().Err(); err != nil {
