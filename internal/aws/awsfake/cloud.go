@@ -11,7 +11,6 @@
 package awsfake
 
 import (
-	"cmp"
 	"fmt"
 	"maps"
 	"slices"
@@ -43,6 +42,8 @@ type Cloud struct {
 
 	groups     map[string]*Group
 	instances  map[string]*Instance
+	order      []*Instance            // all, as they were launched
+	launched   map[string][]*Instance // those in each group
 	templates  map[string]*LaunchTemplate
 	types      map[string]InstanceType
 	nodegroups map[string]Nodegroup
@@ -152,7 +153,7 @@ type view struct {
 func New(now time.Time, timing Timing) *Cloud {
 	return &Cloud{
 		now: now, timing: timing, pages: 100,
-		groups: map[string]*Group{}, instances: map[string]*Instance{},
+		launched: map[string][]*Instance{}, groups: map[string]*Group{}, instances: map[string]*Instance{},
 		templates: map[string]*LaunchTemplate{}, types: map[string]InstanceType{},
 		claimed: map[string]string{}, nodegroups: map[string]Nodegroup{}, counts: map[string]int{},
 	}
@@ -331,8 +332,8 @@ func (c *Cloud) Advance(now time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.now = now
-	for _, id := range slices.Sorted(maps.Keys(c.instances)) {
-		c.move(c.instances[id])
+	for _, i := range c.order {
+		c.move(i)
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.groups)) {
 		c.scale(c.groups[name])
@@ -367,17 +368,11 @@ func (c *Cloud) reads() view {
 	return view{at: c.now, groups: c.groups, instances: c.instances}
 }
 
-func (c *Cloud) members(group string) []*Instance { return membersOf(c.instances, group) }
-
-func membersOf(instances map[string]*Instance, group string) []*Instance {
-	var out []*Instance
-	for _, i := range instances {
-		if i.Group == group && i.Lifecycle != "" {
-			out = append(out, i)
-		}
-	}
-	slices.SortFunc(out, func(a, b *Instance) int { return cmp.Compare(a.ID, b.ID) })
-	return out
+// members lists the instances that are in a group, in the order of their
+// launches, which is that of their ids.
+func (c *Cloud) members(group string) []*Instance {
+	c.launched[group] = slices.DeleteFunc(c.launched[group], func(i *Instance) bool { return i.Lifecycle == "" })
+	return c.launched[group]
 }
 
 // counts says whether an instance counts towards the desired capacity
@@ -535,6 +530,8 @@ func (c *Cloud) launch(g *Group) {
 	}
 	i.activity = c.begin(g, "Launching a new EC2 instance: "+i.ID)
 	c.instances[i.ID] = i
+	c.order = append(c.order, i)
+	c.launched[g.Name] = append(c.launched[g.Name], i)
 	g.retryAt = time.Time{}
 }
 
