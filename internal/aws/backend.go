@@ -53,8 +53,10 @@ const (
 	settle = 5 * time.Second
 	// remember is how long our own terminations win over what is read.
 	remember = 10 * time.Minute
-	// activitiesEvery bounds how often a group's scaling activities are read.
-	activitiesEvery = 10 * time.Second
+	// activitiesEvery bounds how often a group's scaling activities are read,
+	// activitiesAfter how soon after its capacity was raised.
+	activitiesEvery = 5 * time.Second
+	activitiesAfter = 2 * time.Second
 	// lostAfter is how many full reads in a row must lack a group.
 	lostAfter = 3
 )
@@ -365,7 +367,7 @@ func (b *Backend) observe(ctx context.Context, read []astypes.AutoScalingGroup, 
 		}
 		g.know(asks[id], machines)
 		s, missing := g.snapshot(now)
-		ask := missing > 0 && now.Sub(g.failureAt) >= activitiesEvery
+		ask := missing > 0 && now.Sub(g.failureAt) >= activitiesEvery && now.Sub(g.raisedAt) >= activitiesAfter
 		if missing == 0 {
 			g.failure, g.failureAt = nil, time.Time{}
 		}

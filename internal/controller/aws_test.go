@@ -55,6 +55,24 @@ type awsLab struct {
 	aws *awsfake.Cloud
 }
 
+// attended has the backend look after its groups as the provider has it do: it
+// keeps their instances protected from scale in.
+func (l awsLab) attended() awsLab {
+	before := l.change
+	end := func() {}
+	l.change = func(cfg *Config) {
+		before(cfg)
+		end()
+		ctx, cancel := context.WithCancel(context.Background())
+		var running sync.WaitGroup
+		end = func() { cancel(); running.Wait() }
+		backend := cfg.Backend.(*aws.Backend)
+		running.Go(func() { _ = backend.Run(ctx, func([]model.NodeGroup) {}) })
+	}
+	l.t.Cleanup(func() { end() })
+	return l
+}
+
 func awsExperiment(t *testing.T, groups []model.NodeGroup, f func(l awsLab)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -62,8 +80,12 @@ func awsExperiment(t *testing.T, groups []model.NodeGroup, f func(l awsLab)) {
 			Boot: awsBoot, Start: 10 * time.Second, Stop: 10 * time.Second, Terminate: 10 * time.Second,
 			Standby: 3 * time.Second, Retry: 30 * time.Second, Health: time.Minute,
 		})
+		cloud.AddType(awsfake.InstanceType{Name: "m5.large", VCPUs: 2, MiB: 8192, Arch: "x86_64", Interfaces: 3, Address: 10})
+		cloud.AddTemplate(awsfake.LaunchTemplate{ID: "lt", Default: 1, Versions: []awsfake.TemplateVersion{{InstanceType: "m5.large"}}})
 		for _, g := range groups {
-			cloud.AddGroup(awsfake.Group{Name: string(g.ID), Min: g.Min, Max: g.Max, Capacity: -1, Tags: map[string]string{"hearth": "1"}})
+			cloud.AddGroup(awsfake.Group{
+				Name: string(g.ID), Min: g.Min, Max: g.Max, Capacity: -1, Tags: map[string]string{"hearth": "1"}, LaunchTemplate: "lt",
+			})
 		}
 		l := awsLab{aws: cloud, lab: &lab{
 			t: t, cloud: newFakeCloud(groups), cluster: newFakeCluster(awsMachines{cloud}), store: newFakeStore(), memories: newFakeMemories(), events: &fakeEvents{},

@@ -39,15 +39,16 @@ const (
 	AccessDenied       // refused: not authorized
 	Malformed          // takes effect; the answer is not XML
 	Contention         // refused: ResourceContention
+	Invalid            // refused: ValidationError
 )
 
-// Faults lists every fault but None.
+// Faults lists every fault that passes, but None.
 func Faults() []Fault {
 	return []Fault{Throttle, ServerError, ErrorAfter, HangBefore, HangAfter, DropBefore, DropAfter, AccessDenied, Malformed, Contention}
 }
 
 func (f Fault) String() string {
-	return [...]string{"none", "throttle", "server-error", "error-after", "hang-before", "hang-after", "drop-before", "drop-after", "access-denied", "malformed", "contention"}[f]
+	return [...]string{"none", "throttle", "server-error", "error-after", "hang-before", "hang-after", "drop-before", "drop-after", "access-denied", "malformed", "contention", "invalid"}[f]
 }
 
 // SetFault has every call ask f how it goes wrong; nil heals. f must not call
@@ -175,6 +176,9 @@ func (c *Cloud) serve(w http.ResponseWriter, r *http.Request, drop func()) {
 		return
 	case ServerError:
 		c.refuse(w, call, autoscaling, &failure{http.StatusServiceUnavailable, "ServiceUnavailable", "try again"})
+		return
+	case Invalid:
+		c.refuse(w, call, autoscaling, invalid("the request is not valid"))
 		return
 	case Contention:
 		c.refuse(w, call, autoscaling, &failure{http.StatusInternalServerError, "ResourceContention", "You already have a pending update to this resource"})
