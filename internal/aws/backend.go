@@ -57,6 +57,9 @@ const (
 	// activitiesAfter how soon after its capacity was raised.
 	activitiesEvery = 5 * time.Second
 	activitiesAfter = 2 * time.Second
+	// lookAgain is how long a group is read on after an instance has gone, so
+	// that it is believed.
+	lookAgain = 15 * time.Second
 	// lostAfter is how many full reads in a row must lack a group.
 	lostAfter = 3
 )
@@ -105,8 +108,9 @@ type group struct {
 	markers   map[string]string    // written by us
 	listed    map[string]string    // id to zone, of the last snapshot
 	actedAt   time.Time
-	would     string // what a dry run last said
-	setTo     int    // the capacity that was set last, at setAt
+	lostAt    time.Time // when an instance was seen to be gone
+	would     string    // what a dry run last said
+	setTo     int       // the capacity that was set last, at setAt
 	setAt     time.Time
 	hold      time.Time
 	failure   *model.LaunchFailure
@@ -225,6 +229,9 @@ func (g *group) busy() bool {
 		if !listed[id] {
 			return true
 		}
+	}
+	if !g.lostAt.IsZero() && g.readAt.Sub(g.lostAt) < lookAgain {
+		return true
 	}
 	return inService != int(awssdk.ToInt32(g.asg.DesiredCapacity))
 }
@@ -491,15 +498,20 @@ func (g *group) snapshot(now time.Time) (s model.GroupSnapshot, missing int) {
 		if _, listed := zones[id]; listed || !exists || m.group != string(awssdk.ToString(g.asg.AutoScalingGroupName)) {
 			continue
 		}
-		// EC2 has it and says that it is the group's: the list lags. It is
-		// counted as it is, and the number with it.
-		if state, ok := ec2State(m.state); ok && state != model.InstanceTerminating {
-			zones[id] = zone
-			s.Instances = append(s.Instances, model.Instance{ID: providerID(zone, id), State: state})
-			if running(state) {
-				missing--
-			}
+		// EC2 has it and says that it is the group's: it has just ended, which
+		// is told once more, or the list lags, and it is counted as it is.
+		state, _ := ec2State(m.state)
+		s.Instances = append(s.Instances, model.Instance{ID: providerID(zone, id), State: state})
+		if state == model.InstanceTerminating {
+			continue
 		}
+		zones[id] = zone
+		if running(state) {
+			missing--
+		}
+	}
+	if slices.ContainsFunc(slices.Collect(maps.Keys(g.listed)), func(id string) bool { return zones[id] == "" }) {
+		g.lostAt = now
 	}
 	g.listed = zones
 	slices.SortFunc(s.Instances, func(a, b model.Instance) int { return strings.Compare(string(a.ID), string(b.ID)) })

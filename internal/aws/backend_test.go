@@ -497,6 +497,26 @@ func TestStaleReads(t *testing.T) {
 	})
 }
 
+// TestCancelSpares: lowering the capacity cancels what is not born; never what
+// lives, nor what is being launched and not listed yet, whatever the number
+// that is asked for.
+func TestCancelSpares(t *testing.T) {
+	in(t, nil, func(a *account) {
+		a.add(awsfake.Group{Name: "a", Refusal: "We currently do not have sufficient capacity.", Capacity: 3})
+		a.must(a.Resize(context.Background(), "a", 5))
+		a.pass(5 * time.Second) // three are pending
+		a.EditInstance(a.Instances("a")[2].ID, func(i *awsfake.Instance) { i.Hidden = true })
+		a.must2(a.Resize(context.Background(), "a", 1))
+		if g, _ := a.Group("a"); g.Desired != 3 {
+			t.Errorf("desired is %d, want 3", g.Desired)
+		}
+		a.pass(time.Minute)
+		if taken := a.Taken(); len(taken) > 0 || len(a.Instances("a")) != 3 {
+			t.Errorf("taken %v, left %v", taken, a.Instances("a"))
+		}
+	})
+}
+
 // TestUnparkable: what cannot be stopped is terminated in its stead.
 func TestUnparkable(t *testing.T) {
 	for name, change := range map[string]func(*awsfake.Instance){
