@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
-	"fmt"
+	"errors"
+	"log/slog"
 	"time"
 
 	"github.com/hearth-ci/hearth/internal/aws"
+	"github.com/hearth-ci/hearth/internal/config"
 	"github.com/hearth-ci/hearth/internal/controller"
 	"github.com/hearth-ci/hearth/internal/kwok"
 	"github.com/hearth-ci/hearth/internal/server"
@@ -35,7 +37,7 @@ func idle(context.Context) error { return nil }
 
 func (p *provider) newBackend(ctx context.Context) (backend, error) {
 	if p.cfg.Backend.AWS != nil {
-		return p.newAWS(ctx)
+		return p.newScaling(ctx)
 	}
 	embedded, err := kwok.New(kwok.Config{
 		Client: p.client, Namespace: p.cfg.LeaderElection.Namespace, Groups: p.cfg.NodeGroups(),
@@ -52,26 +54,35 @@ func (p *provider) newBackend(ctx context.Context) (backend, error) {
 	}, err
 }
 
-// newAWS wires the backend on Auto Scaling groups. These declare themselves.
-func (p *provider) newAWS(ctx context.Context) (backend, error) {
-	wanted := p.cfg.Backend.AWS
+// newAWS makes the backend on Auto Scaling groups.
+func newAWS(ctx context.Context, cfg *config.Config, protects func(model.GroupID) bool, logger *slog.Logger) (*aws.Backend, error) {
+	wanted := cfg.Backend.AWS
 	clients, err := aws.Connect(ctx, wanted.Region, wanted.Endpoint)
 	if err != nil {
-		return backend{}, err
+		return nil, err
 	}
 	if clients.Region == "" {
-		return backend{}, usageError{fmt.Errorf("backend.aws.region: want a region here or in AWS_REGION, got nothing")}
+		return nil, usageError{errors.New("backend.aws.region: want a region here or in AWS_REGION, got nothing")}
 	}
 	cloud, err := aws.New(aws.Config{
 		AutoScaling: clients.AutoScaling, EC2: clients.EC2, EKS: clients.EKS, Region: clients.Region,
-		Tags: wanted.AutoDiscoveryTags, Groups: p.cfg.NodeGroups(), DryRun: wanted.DryRun, Protect: p.protects, Logger: p.log,
+		Tags: wanted.AutoDiscoveryTags, Groups: cfg.NodeGroups(), DryRun: wanted.DryRun, Protect: protects, Logger: logger,
 	})
 	if err != nil {
-		return backend{}, usageError{err}
+		return nil, usageError{err}
+	}
+	return cloud, nil
+}
+
+// newScaling wires the backend on Auto Scaling groups. These declare themselves.
+func (p *provider) newScaling(ctx context.Context) (backend, error) {
+	cloud, err := newAWS(ctx, p.cfg, p.protects, p.log)
+	if err != nil {
+		return backend{}, err
 	}
 	b := backend{
 		Backend: cloud, setGroups: cloud.SetGroups, lead: idle, uninstall: cloud.Uninstall,
-		declared: make(chan struct{}), snapshotFast: 5 * time.Second, dryRun: wanted.DryRun,
+		declared: make(chan struct{}), snapshotFast: 5 * time.Second, dryRun: p.cfg.Backend.AWS.DryRun,
 	}
 	b.attend = func(ctx context.Context) error {
 		first := true

@@ -479,7 +479,7 @@ func (b *Backend) mark(ctx context.Context, group string, ids []string, marker s
 	for part := range slices.Chunk(ids, mostEC2) {
 		_, err := b.cfg.EC2.CreateTags(ctx, &ec2.CreateTagsInput{Resources: part, Tags: []ec2types.Tag{
 			{Key: awssdk.String(markerTag), Value: &marker},
-			{Key: awssdk.String(model.Prefix + "/since"), Value: awssdk.String(b.cfg.Now().UTC().Format(time.RFC3339))},
+			{Key: awssdk.String(sinceTag), Value: awssdk.String(b.cfg.Now().UTC().Format(time.RFC3339))},
 		}})
 		if err != nil {
 			return fmt.Errorf("tagging instances: %w", err)

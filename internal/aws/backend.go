@@ -130,6 +130,7 @@ type machine struct {
 // markerTag says what is being done with an instance in standby.
 const (
 	markerTag = model.Prefix + "/state"
+	sinceTag  = model.Prefix + "/since"
 	parking   = "parking"
 	resuming  = "resuming"
 	groupTag  = "aws:autoscaling:groupName"

@@ -60,7 +60,7 @@ const (
 func refusal(err error, now time.Time) *model.LaunchFailure {
 	f := &model.LaunchFailure{Activity: fmt.Sprintf("refused-%d", now.Unix()), Message: err.Error(), At: now}
 	switch {
-	case isCode(err, "AccessDenied", "AccessDeniedException", "UnauthorizedOperation", "ExpiredToken", "InvalidClientTokenId", "UnrecognizedClientException"):
+	case denied(err):
 		f.Class = model.FailurePermissions
 	case isCode(err, "ValidationError"):
 		f.Class = model.FailureUnknown

@@ -19,6 +19,8 @@ func (c *Cloud) autoscaling(call Call) (any, error) {
 		return c.describeGroups(call)
 	case "DescribeScalingActivities":
 		return c.describeActivities(call)
+	case "DescribeInstanceRefreshes":
+		return c.describeRefreshes(call)
 	case "DescribeLaunchConfigurations":
 		return c.describeLaunchConfigurations(call)
 	case "TerminateInstanceInAutoScalingGroup":
@@ -268,6 +270,27 @@ func (c *Cloud) describeActivities(call Call) (any, error) {
 			x.End = stamp(a.End)
 		}
 		answer.Activities = append(answer.Activities, x)
+	}
+	return answer, nil
+}
+
+// describeRefreshes: API_DescribeInstanceRefreshes.
+func (c *Cloud) describeRefreshes(call Call) (any, error) {
+	g := c.reads().groups[call.Group]
+	if g == nil {
+		return nil, invalid(noGroup)
+	}
+	type item struct {
+		ID        string `xml:"InstanceRefreshId"`
+		Protected string `xml:"Preferences>ScaleInProtectedInstances"`
+		Standby   string `xml:"Preferences>StandbyInstances"`
+	}
+	answer := struct {
+		XMLName xml.Name
+		Items   []item `xml:"InstanceRefreshes>member"`
+	}{XMLName: result("DescribeInstanceRefreshes")}
+	if g.Refreshed != nil {
+		answer.Items = []item{{"refresh-1", g.Refreshed[0], g.Refreshed[1]}}
 	}
 	return answer, nil
 }

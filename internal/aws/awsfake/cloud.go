@@ -70,6 +70,9 @@ type Group struct {
 	LaunchConfig      string // instance type of a launch configuration
 	ProtectNew        bool
 	Suspended         []string
+	// Refreshed are ScaleInProtectedInstances and StandbyInstances of the last
+	// instance refresh, nil when there was none.
+	Refreshed []string
 	// Capacity is the number of instances that can be launched at most;
 	// negative is no bound. Refusal is the status message of a launch that
 	// could not be made.
@@ -130,6 +133,7 @@ type InstanceType struct {
 	Name                string
 	VCPUs, MiB          int
 	GPUs                int
+	Storage             bool // has an instance store
 	Arch                string
 	Interfaces, Address int // network interfaces, IPv4 addresses of each
 }

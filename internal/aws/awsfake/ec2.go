@@ -251,6 +251,7 @@ func (c *Cloud) describeInstanceTypes(call Call) (any, error) {
 		MiB   int      `xml:"memoryInfo>sizeInMiB"`
 		Archs []string `xml:"processorInfo>supportedArchitectures>item"`
 		GPUs  []gpu    `xml:"gpuInfo>gpus>item"`
+		Store bool     `xml:"instanceStorageSupported"`
 		ENIs  int      `xml:"networkInfo>maximumNetworkInterfaces"`
 		IPs   int      `xml:"networkInfo>ipv4AddressesPerInterface"`
 	}
@@ -267,7 +268,7 @@ func (c *Cloud) describeInstanceTypes(call Call) (any, error) {
 		if !ok {
 			return nil, &failure{400, "InvalidInstanceType", "The following supplied instance types do not exist: [" + name + "]"}
 		}
-		x := item{Name: t.Name, CPUs: t.VCPUs, MiB: t.MiB, Archs: strings.Split(t.Arch, ","), ENIs: t.Interfaces, IPs: t.Address}
+		x := item{Name: t.Name, CPUs: t.VCPUs, MiB: t.MiB, Archs: strings.Split(t.Arch, ","), ENIs: t.Interfaces, IPs: t.Address, Store: t.Storage}
 		if t.GPUs > 0 {
 			x.GPUs = []gpu{{t.GPUs, "NVIDIA"}}
 		}
