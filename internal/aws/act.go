@@ -48,7 +48,7 @@ type member struct {
 // beyond the group's.
 func (r reading) parkedRunning() (n int) {
 	for _, m := range r.members {
-		if state, ok := ec2State(m.machine.state); standby(m.lifecycle) && ok && running(state) && m.machine.marker != resuming && !m.ended {
+		if standby(m.lifecycle) && running(ec2State(m.machine.state)) && m.machine.marker != resuming && !m.ended {
 			n++
 		}
 	}
@@ -405,9 +405,8 @@ func (b *Backend) stop(ctx context.Context, r reading, ids []model.InstanceID) e
 		}
 	}
 	if waiting := r.pick(ids, func(m member) bool {
-		state, ok := ec2State(m.machine.state)
 		return !m.ended && !leaving(m.lifecycle) && !slices.Contains(unfit, m.id) &&
-			(m.lifecycle != astypes.LifecycleStateStandby || ok && running(state))
+			(m.lifecycle != astypes.LifecycleStateStandby || running(ec2State(m.machine.state)))
 	}); len(waiting) > 0 {
 		return underWay("entering standby and stopping")
 	}

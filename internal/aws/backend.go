@@ -496,12 +496,12 @@ func (g *group) snapshot(now time.Time) (s model.GroupSnapshot, missing int) {
 	}
 	for id, zone := range g.listed {
 		m, exists := g.instances[id]
-		if _, listed := zones[id]; listed || !exists || m.group != string(awssdk.ToString(g.asg.AutoScalingGroupName)) {
+		if _, listed := zones[id]; listed || !exists || m.group != awssdk.ToString(g.asg.AutoScalingGroupName) {
 			continue
 		}
 		// EC2 has it and says that it is the group's: it has just ended, which
 		// is told once more, or the list lags, and it is counted as it is.
-		state, _ := ec2State(m.state)
+		state := ec2State(m.state)
 		s.Instances = append(s.Instances, model.Instance{ID: providerID(zone, id), State: state})
 		if state == model.InstanceTerminating {
 			continue
@@ -532,11 +532,11 @@ func (g *group) state(id string, lifecycle astypes.LifecycleState) (model.Instan
 		if !known {
 			return model.InstanceTerminating, true // listed, but EC2 has it no more
 		}
-		state, ok := ec2State(m.state)
+		state := ec2State(m.state)
 		if m.marker == resuming && running(state) {
 			state = model.InstanceStopped
 		}
-		return state, ok
+		return state, true
 	case strings.HasPrefix(string(lifecycle), "Pending"):
 		return model.InstancePending, true
 	}
@@ -547,18 +547,18 @@ func running(s model.InstanceState) bool {
 	return s == model.InstancePending || s == model.InstanceRunning
 }
 
-func ec2State(s ec2types.InstanceStateName) (model.InstanceState, bool) {
+func ec2State(s ec2types.InstanceStateName) model.InstanceState {
 	switch s {
 	case ec2types.InstanceStateNamePending:
-		return model.InstancePending, true
+		return model.InstancePending
 	case ec2types.InstanceStateNameRunning:
-		return model.InstanceRunning, true
+		return model.InstanceRunning
 	case ec2types.InstanceStateNameStopping:
-		return model.InstanceStopping, true
+		return model.InstanceStopping
 	case ec2types.InstanceStateNameStopped:
-		return model.InstanceStopped, true
+		return model.InstanceStopped
 	}
-	return model.InstanceTerminating, true
+	return model.InstanceTerminating
 }
 
 func providerID(zone, id string) model.InstanceID {

@@ -268,7 +268,7 @@ func (o *owner) mark(g *nodegroups.Group, now time.Time) {
 			if bare {
 				err = o.cfg.Nodes.Label(ctx, node.Name, node.UID, group)
 			}
-			if err == nil && !(marked && !relabel) {
+			if err == nil && (!marked || relabel) {
 				err = o.cfg.Nodes.Mark(ctx, node.Name, node.UID, want)
 			}
 			if err != nil && o.ctx.Err() == nil {

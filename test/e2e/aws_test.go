@@ -3,12 +3,18 @@ package e2e
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/hearth-ci/hearth/internal/aws/awsfake"
 	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/protos/externalgrpc"
 )
 
 // TestAWS: on Auto Scaling groups a job gets a node, its idle node is parked in
@@ -66,3 +72,60 @@ func TestAWS(t *testing.T) {
 		t.Errorf("%d terminations were asked for", n)
 	}
 }
+
+// TestAWSDryRun: beside another provider Hearth watches. It writes nothing but
+// its own records, and refuses to act.
+func TestAWSDryRun(t *testing.T) {
+	if !onAWS() {
+		t.Skip("runs with HEARTH_E2E_BACKEND=aws")
+	}
+	g := newGroundOn(t, true)
+	amazon := g.cloud.(*amazon)
+	text, err := amazon.translate(runners("1s", 5, `hearth.dev/park: stop, hearth.dev/min-warm: "3"`))
+	g.must(err)
+	amazon.Edit("runners", func(asg *awsfake.Group) { asg.Desired = 2 }) // by the other provider
+	p, err := g.StartProvider("provider", strings.Replace(text, "endpoint:", "dryRun: true\n    endpoint:", 1))
+	g.must(err)
+	g.must(p.Serving(g.ctx, 30*time.Second))
+	g.eventually("the nodes to be known", 40*time.Second, func() error {
+		rng, err := g.group("runners")
+		if err == nil && rng.Status.Ready != 2 {
+			err = fmt.Errorf("%d are ready", rng.Status.Ready)
+		}
+		return err
+	})
+	ca := g.CloudProvider()
+	for what, err := range map[string]error{
+		"increase": second(ca.NodeGroupIncreaseSize(g.ctx, &externalgrpc.NodeGroupIncreaseSizeRequest{Id: "runners", Delta: 1})),
+		"decrease": second(ca.NodeGroupDecreaseTargetSize(g.ctx, &externalgrpc.NodeGroupDecreaseTargetSizeRequest{Id: "runners", Delta: -1})),
+		"delete": second(ca.NodeGroupDeleteNodes(g.ctx, &externalgrpc.NodeGroupDeleteNodesRequest{
+			Id: "runners", Nodes: []*externalgrpc.ExternalGrpcNode{{ProviderID: "aws:///a/" + amazon.All()[0].ID}},
+		})),
+	} {
+		if status.Code(err) != codes.FailedPrecondition {
+			t.Errorf("%s: %v, want FailedPrecondition", what, err)
+		}
+	}
+	time.Sleep(10 * time.Second)
+	nodes, err := g.Kube.CoreV1().Nodes().List(g.ctx, metav1.ListOptions{})
+	g.must(err)
+	for _, node := range nodes.Items {
+		for _, keys := range []map[string]string{node.Labels, node.Annotations} {
+			for key := range keys {
+				if strings.Contains(key, model.Prefix) || key == scaleDownDisabled {
+					t.Errorf("node %s bears %s", node.Name, key)
+				}
+			}
+		}
+	}
+	for operation := range amazon.Counts() {
+		if !strings.HasPrefix(operation, "Describe") {
+			t.Errorf("AWS was asked to %s", operation)
+		}
+	}
+	if !strings.Contains(p.Log(), "dry run: the group would be resized to 3") {
+		t.Error("it does not say what it would do")
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
