@@ -21,6 +21,8 @@ var (
 	rbacPlacement []byte
 	//go:embed placement.yaml
 	placement []byte
+	//go:embed iam-policy.json
+	iamPolicy []byte
 )
 
 // Namespace is where the manifests put Hearth, ServiceAccount the account that
@@ -54,3 +56,6 @@ func RBACPlacement() []byte { return slices.Clone(rbacPlacement) }
 // Placement returns the Service and the webhook configuration of the placement
 // webhook, as YAML of several documents.
 func Placement() []byte { return slices.Clone(placement) }
+
+// IAMPolicy returns what the AWS backend may do in an account, as JSON.
+func IAMPolicy() []byte { return slices.Clone(iamPolicy) }

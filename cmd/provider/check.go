@@ -1,17 +1,28 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/hearth-ci/hearth/internal/config"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
 
 func checkCommand() *cobra.Command {
 	var path string
+	var live bool
 	cmd := &cobra.Command{
-		Use: "check --config FILE", Short: "Check a config file and its annotations", Args: cobra.NoArgs,
+		Use: "check --config FILE [--live]", Short: "Check a config file, its annotations and the cloud", Args: cobra.NoArgs,
+		Long: "Checks the config file and its annotations. With --live it asks AWS, too: whether\n" +
+			"credentials and permissions suffice, which groups are found, and what of their settings\n" +
+			"gets in the way. Nothing is changed: permissions are tried by dry runs and by calls that\n" +
+			"cannot succeed.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := config.Load(path)
 			if err != nil {
@@ -26,13 +37,59 @@ func checkCommand() *cobra.Command {
 				fmt.Fprintln(out, "error:", p)
 			}
 			if len(problems) > 0 {
-				return fmt.Errorf("%d annotations cannot be used; their defaults apply", len(problems))
+				err = fmt.Errorf("%d annotations cannot be used; their defaults apply", len(problems))
 			}
-			_, err = fmt.Fprintf(out, "%s: ok, %d node groups\n", path, len(cfg.NodeGroups()))
+			if live {
+				if cfg.Backend.AWS == nil {
+					return errors.Join(err, usageError{errors.New("--live: want backend.aws, got backend.kwok")})
+				}
+				return errors.Join(err, checkAWS(cmd.Context(), out, cfg))
+			}
+			if err == nil {
+				_, err = fmt.Fprintf(out, "%s: ok, %d node groups\n", path, len(cfg.NodeGroups()))
+			}
 			return err
 		},
 	}
 	cmd.Flags().StringVar(&path, "config", "", "the config file (required)")
+	cmd.Flags().BoolVar(&live, "live", false, "ask the cloud, too")
 	_ = cmd.MarkFlagRequired("config")
 	return cmd
+}
+
+// checkAWS says what of the account gets in Hearth's way.
+func checkAWS(ctx context.Context, out io.Writer, cfg *config.Config) error {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	// What the backend logs is about tags that cannot be used.
+	cloud, err := newAWS(ctx, cfg, nil, slog.New(slog.NewTextHandler(out, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	if err != nil {
+		return err
+	}
+	groups, findings := cloud.Check(ctx)
+	bad := 0
+	for _, f := range findings {
+		kind, about := "warning", ""
+		if f.Bad {
+			kind = "error"
+			bad++
+		}
+		if f.Group != "" {
+			about = fmt.Sprintf(" node group %q:", f.Group)
+		}
+		fmt.Fprintf(out, "%s:%s %s\n", kind, about, f.Text)
+	}
+	for _, g := range groups {
+		settings, problems := nodegroups.Interpret(g, nil)
+		for _, p := range problems {
+			bad++
+			fmt.Fprintf(out, "error: node group %q: %v\n", g.ID, p)
+		}
+		fmt.Fprintf(out, "node group %q: %s, %s in zone %s, from %d to %d nodes\n", g.ID, settings.Role, g.Template.InstanceType, g.Template.Zone, g.Min, g.Max)
+	}
+	if bad > 0 {
+		return fmt.Errorf("%d errors", bad)
+	}
+	_, err = fmt.Fprintf(out, "ok, %d node groups\n", len(groups))
+	return err
 }

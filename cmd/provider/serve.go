@@ -27,7 +27,6 @@ import (
 	"github.com/hearth-ci/hearth/internal/dagger"
 	"github.com/hearth-ci/hearth/internal/explain"
 	"github.com/hearth-ci/hearth/internal/kube"
-	"github.com/hearth-ci/hearth/internal/kwok"
 	"github.com/hearth-ci/hearth/internal/server"
 	"github.com/hearth-ci/hearth/internal/telemetry"
 	"github.com/hearth-ci/hearth/pkg/model"
@@ -56,12 +55,12 @@ func serveCommand() *cobra.Command {
 			for _, w := range append(cfg.Warnings(), cfg.Problems()...) {
 				logger.Warn("config", "problem", w.String())
 			}
-			p, err := newProvider(cfg, path, logger)
+			p, err := newProvider(cmd.Context(), cfg, path, logger)
 			if err != nil {
 				return err
 			}
 			if uninstall {
-				return errors.Join(p.nodes.Uninstall(cmd.Context()), p.engines.Uninstall(cmd.Context()))
+				return errors.Join(p.nodes.Uninstall(cmd.Context()), p.engines.Uninstall(cmd.Context()), p.backend.uninstall(cmd.Context()))
 			}
 			return p.run(cmd.Context())
 		},
@@ -89,7 +88,7 @@ type provider struct {
 	feed       *kube.Feed
 	world      *controller.World
 	readings   *dagger.Watcher
-	backend    *kwok.Backend
+	backend    backend
 	controller *controller.Controller
 	server     *server.Server
 	http       *telemetry.HTTP
@@ -99,7 +98,7 @@ type provider struct {
 
 // newProvider wires the parts. Nothing runs yet, but the ports are taken, so
 // that a port in use is told at once.
-func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provider, error) {
+func newProvider(ctx context.Context, cfg *config.Config, path string, logger *slog.Logger) (*provider, error) {
 	p := &provider{cfg: cfg, path: path, log: logger, registry: prometheus.NewRegistry()}
 	p.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	p.metrics = telemetry.NewMetrics(p.registry)
@@ -140,14 +139,15 @@ func newProvider(cfg *config.Config, path string, logger *slog.Logger) (*provide
 	}); err != nil {
 		return nil, err
 	}
-	if p.backend, err = kwok.New(kwok.Config{
-		Client: client, Namespace: cfg.LeaderElection.Namespace, Groups: cfg.NodeGroups(),
-		BootDelay: cfg.Backend.Kwok.BootDelay, ResumeDelay: cfg.Backend.Kwok.ResumeDelay, Logger: logger,
-	}); err != nil {
+	if p.backend, err = p.newBackend(ctx); err != nil {
 		return nil, err
 	}
+	acting := controller.Config{Nodes: p.nodes, Engines: p.engines}
+	if p.backend.dryRun {
+		acting = controller.Config{Nodes: untouched{}, Engines: untouched{}}
+	}
 	if p.controller, err = controller.New(controller.Config{
-		Backend: p.backend, Store: store, Memories: kube.NewMemories(client, cfg.LeaderElection.Namespace), Nodes: p.nodes, Pods: p.nodes, Engines: p.engines, Events: p.events,
+		Backend: p.backend, SnapshotFast: p.backend.snapshotFast, Store: store, Memories: kube.NewMemories(client, cfg.LeaderElection.Namespace), Nodes: acting.Nodes, Pods: p.nodes, Engines: acting.Engines, Events: p.events,
 		World: p.world, Watched: p.feed.Synced, Groups: cfg.NodeGroups(), Metrics: p.metrics, Logger: logger,
 		OnSynced: func() { p.server.SetServing(true) },
 	}); err != nil {
@@ -171,8 +171,12 @@ func (p *provider) listen() error {
 		}
 	}
 	var err error
+	writer := server.Writer(p.controller)
+	if p.backend.dryRun {
+		writer = watchingWriter{writer}
+	}
 	if p.server, err = server.New(server.Config{
-		Reader: p.controller, Writer: p.controller, Ranker: ranker{p},
+		Reader: p.controller, Writer: writer, Ranker: ranker{p},
 		Listener: listeners[0], ExpanderListener: listeners[1],
 		TLS:    server.TLS(p.cfg.Server.TLS),
 		Logger: p.log, Registerer: p.registry,
@@ -212,16 +216,14 @@ func (p *provider) run(ctx context.Context) error {
 	group.Go(func() error { return p.http.Run(ctx) })
 	p.placer.run(ctx, group)
 	group.Go(func() error { return config.Watch(ctx, p.path, p.cfg, p.apply, p.reloaded) })
+	group.Go(func() error { return p.backend.attend(ctx) })
 	group.Go(func() error { return p.elect(ctx) })
 	return group.Wait()
 }
 
 // apply puts a reloaded config into force.
 func (p *provider) apply(next *config.Config) error {
-	groups := next.NodeGroups()
-	p.world.SetGroups(groups)
-	p.backend.SetGroups(groups)
-	p.controller.SetGroups(groups)
+	p.backend.setGroups(next.NodeGroups())
 	return nil
 }
 
@@ -307,8 +309,13 @@ func (p *provider) lead(ctx context.Context) error {
 	p.metrics.Leader.Set(1)
 	defer p.metrics.Leader.Set(0)
 	defer p.server.SetServing(false)
+	select {
+	case <-p.backend.declared:
+	case <-ctx.Done():
+		return nil
+	}
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return p.backend.Run(ctx) })
+	group.Go(func() error { return p.backend.lead(ctx) })
 	group.Go(func() error { return p.controller.Run(ctx) })
 	group.Go(func() error { p.readings.Run(ctx); return nil })
 	p.placer.lead(ctx, group)

@@ -80,10 +80,22 @@ type LeaderElection struct {
 	LeaseDuration, RenewDeadline, RetryPeriod time.Duration
 }
 
-// Backend is where instances come from. Exactly one is set; in this version
-// that is Kwok.
+// Backend is where instances come from. Exactly one is set.
 type Backend struct {
 	Kwok *Kwok
+	AWS  *AWS
+}
+
+// AWS is the backend on Amazon EC2 Auto Scaling.
+type AWS struct {
+	// Region and Endpoint are those of the SDK's own search when empty
+	// (AWS_REGION, AWS_ENDPOINT_URL, profiles, instance metadata).
+	Region, Endpoint string
+	// AutoDiscoveryTags select Auto Scaling groups that have all of them: a key,
+	// or key=value. None selects only the groups that nodeGroups names.
+	AutoDiscoveryTags []string
+	// DryRun changes nothing and refuses cluster-autoscaler's writes.
+	DryRun bool
 }
 
 // Kwok is the embedded backend: instances are Node objects on any cluster.
@@ -330,28 +342,40 @@ func sortProblems(problems []Problem) {
 // restartFields are the values of all fields whose change cannot take effect at
 // run time. Node groups are not among them.
 func restartFields(c *Config) map[string]any {
-	placement := Placement{}
+	kwok, cloud, placement := Kwok{}, AWS{}, Placement{}
+	if c.Backend.Kwok != nil {
+		kwok = *c.Backend.Kwok
+	}
+	if c.Backend.AWS != nil {
+		cloud = *c.Backend.AWS
+	}
 	if c.Placement != nil {
 		placement = *c.Placement
 	}
 	return map[string]any{
-		"placement.address":             placement.Address,
-		"placement.tls.certFile":        placement.CertFile,
-		"placement.tls.keyFile":         placement.KeyFile,
-		"server.address":                c.Server.Address,
-		"server.expanderAddress":        c.Server.ExpanderAddress,
-		"server.tls.certFile":           c.Server.TLS.CertFile,
-		"server.tls.keyFile":            c.Server.TLS.KeyFile,
-		"server.tls.clientCAFile":       c.Server.TLS.ClientCAFile,
-		"http.address":                  c.HTTP.Address,
-		"kubernetes.kubeconfig":         c.Kubernetes.Kubeconfig,
-		"leaderElection.enabled":        c.LeaderElection.Enabled,
-		"leaderElection.namespace":      c.LeaderElection.Namespace,
-		"leaderElection.leaseDuration":  c.LeaderElection.LeaseDuration,
-		"leaderElection.renewDeadline":  c.LeaderElection.RenewDeadline,
-		"leaderElection.retryPeriod":    c.LeaderElection.RetryPeriod,
-		"backend.kwok.bootDelay":        c.Backend.Kwok.BootDelay,
-		"backend.kwok.resumeDelay":      c.Backend.Kwok.ResumeDelay,
+		"placement.address":            placement.Address,
+		"placement.tls.certFile":       placement.CertFile,
+		"placement.tls.keyFile":        placement.KeyFile,
+		"server.address":               c.Server.Address,
+		"server.expanderAddress":       c.Server.ExpanderAddress,
+		"server.tls.certFile":          c.Server.TLS.CertFile,
+		"server.tls.keyFile":           c.Server.TLS.KeyFile,
+		"server.tls.clientCAFile":      c.Server.TLS.ClientCAFile,
+		"http.address":                 c.HTTP.Address,
+		"kubernetes.kubeconfig":        c.Kubernetes.Kubeconfig,
+		"leaderElection.enabled":       c.LeaderElection.Enabled,
+		"leaderElection.namespace":     c.LeaderElection.Namespace,
+		"leaderElection.leaseDuration": c.LeaderElection.LeaseDuration,
+		"leaderElection.renewDeadline": c.LeaderElection.RenewDeadline,
+		"leaderElection.retryPeriod":   c.LeaderElection.RetryPeriod,
+		"backend":                      backendName(c.Backend),
+		"backend.kwok.bootDelay":       kwok.BootDelay,
+		"backend.kwok.resumeDelay":     kwok.ResumeDelay,
+		"backend.aws.region":           cloud.Region,
+		"backend.aws.endpoint":         cloud.Endpoint,
+		"backend.aws.dryRun":           cloud.DryRun,
+		// As one text, since the values must be comparable.
+		"backend.aws.autoDiscoveryTags": strings.Join(cloud.AutoDiscoveryTags, ", "),
 		"engines.podSelector":           c.Engines.PodSelector,
 		"engines.namespaces":            strings.Join(c.Engines.Namespaces, ", "),
 		"engines.metricsPort":           c.Engines.MetricsPort,
@@ -379,6 +403,13 @@ func (c *Config) Replaceable(next *Config, file string) error {
 		}
 	}
 	return d.invalid()
+}
+
+func backendName(b Backend) string {
+	if b.AWS != nil {
+		return "aws"
+	}
+	return "kwok"
 }
 
 func show(v any) string {

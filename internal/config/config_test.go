@@ -57,6 +57,9 @@ func dump(c *config.Config) string {
 	if k := c.Backend.Kwok; k != nil {
 		fmt.Fprintf(&b, "kwok %+v\n", *k)
 	}
+	if a := c.Backend.AWS; a != nil {
+		fmt.Fprintf(&b, "aws %+v\n", *a)
+	}
 	fmt.Fprintf(&b, "engines %+v\n", c.Engines)
 	if p := c.Placement; p != nil {
 		fmt.Fprintf(&b, "placement %+v\n", *p)
@@ -306,8 +309,8 @@ func FuzzParse(f *testing.F) {
 			}
 			ids[g.ID] = true
 		}
-		if c.Backend.Kwok == nil {
-			t.Fatal("no backend")
+		if (c.Backend.Kwok == nil) == (c.Backend.AWS == nil) {
+			t.Fatal("not one backend")
 		}
 	})
 }

@@ -40,6 +40,10 @@ const (
 
 // root reads the whole file into c, which holds the defaults.
 func (d *decoder) root(c *Config, n *yaml.Node) {
+	read := group
+	if at := valueOf(valueOf(n, "backend"), "aws"); at != nil {
+		read = scalingGroup
+	}
 	object(fields{
 		"apiVersion":     exactly(APIVersion),
 		"kind":           exactly(Kind),
@@ -48,16 +52,29 @@ func (d *decoder) root(c *Config, n *yaml.Node) {
 		"kubernetes":     object(fields{"kubeconfig": anyText(&c.Kubernetes.Kubeconfig)}, nil),
 		"leaderElection": election(&c.LeaderElection),
 		"backend":        backend(&c.Backend),
-		"nodeGroups":     list(MaxGroups, func() reader { return group(&c.groups) }),
+		"nodeGroups":     list(MaxGroups, func() reader { return read(&c.groups) }),
 		"engines":        engines(&c.Engines),
 		"placement":      placement(&c.Placement),
 		"ci":             ci(&c.CI),
 	}, required{"apiVersion": strconv.Quote(APIVersion), "kind": strconv.Quote(Kind), "backend": wantBackend})(d, "", n)
 	d.uniqueAddresses(c)
 	d.uniqueGroups(c.groups)
-	if len(c.groups) == 0 {
+	if len(c.groups) == 0 && c.Backend.AWS == nil {
 		d.warn("nodeGroups", "there are no node groups: nothing will be scaled")
 	}
+}
+
+// valueOf returns the value of a key of a mapping, nil when there is none.
+func valueOf(n *yaml.Node, key string) *yaml.Node {
+	if n == nil || n.Kind != yaml.MappingNode {
+		return nil
+	}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		if n.Content[i].Value == key {
+			return n.Content[i+1]
+		}
+	}
+	return nil
 }
 
 func server(s *Server) reader {
@@ -134,6 +151,7 @@ func election(l *LeaderElection) reader {
 
 func backend(b *Backend) reader {
 	return func(d *decoder, at string, n *yaml.Node) {
+		cloud := AWS{AutoDiscoveryTags: []string{"k8s.io/cluster-autoscaler/enabled"}}
 		kwok := Kwok{BootDelay: 20 * time.Second, ResumeDelay: 5 * time.Second}
 		var chosen []string
 		choose := func(name string, read reader) reader {
@@ -148,7 +166,7 @@ func backend(b *Backend) reader {
 				"bootDelay":   span(&kwok.BootDelay, 0),
 				"resumeDelay": span(&kwok.ResumeDelay, 0),
 			}, nil)),
-			"aws": choose("aws", aws),
+			"aws": choose("aws", aws(&cloud)),
 		}, nil)(d, at, n)
 		switch {
 		case len(chosen) == 0 && len(d.problems) == before:
@@ -157,21 +175,58 @@ func backend(b *Backend) reader {
 			d.refuse(at, wantBackend, "both")
 		case slices.Contains(chosen, "kwok"):
 			b.Kwok = &kwok
+		case slices.Contains(chosen, "aws"):
+			b.AWS = &cloud
 		}
 	}
 }
 
-// aws reads a backend that this version knows and does not have.
-func aws(d *decoder, at string, n *yaml.Node) {
-	var s string
-	var dryRun bool
-	object(fields{
-		"region":            anyText(&s),
-		"endpoint":          anyText(&s),
-		"autoDiscoveryTags": list(100, func() reader { return anyText(&s) }),
-		"dryRun":            boolean(&dryRun),
-	}, nil)(d, at, n)
-	d.problem(at, "not available in this version: want kwok")
+// aws reads the backend on Auto Scaling groups. The bound of a tag's key is
+// AWS's.
+func aws(a *AWS) reader {
+	const wantURL = "a URL such as http://127.0.0.1:4566, or nothing"
+	const wantTag = "the key of a tag, or key=value"
+	var given []string
+	read := object(fields{
+		"region": text(&a.Region, "a region such as eu-central-1, or nothing", func(s string) bool { return s == "" || len(validation.IsDNS1123Label(s)) == 0 }),
+		"endpoint": text(&a.Endpoint, wantURL, func(s string) bool {
+			u, err := url.Parse(s)
+			return s == "" || err == nil && u.Host != "" && (u.Scheme == "http" || u.Scheme == "https")
+		}),
+		"autoDiscoveryTags": list(50, func() reader {
+			return func(d *decoder, at string, n *yaml.Node) {
+				var tag string
+				text(&tag, wantTag, func(s string) bool {
+					key, _, _ := strings.Cut(s, "=")
+					return key != "" && len(key) <= 128
+				})(d, at, n)
+				given = append(given, tag)
+			}
+		}),
+		"dryRun": boolean(&a.DryRun),
+	}, nil)
+	return func(d *decoder, at string, n *yaml.Node) {
+		read(d, at, n)
+		if tags := valueOf(n, "autoDiscoveryTags"); tags != nil && !null(tags) {
+			a.AutoDiscoveryTags = given
+		}
+	}
+}
+
+// scalingGroup reads what the file adds to an Auto Scaling group: sizes and
+// template are the group's own.
+func scalingGroup(groups *[]model.NodeGroup) reader {
+	return func(d *decoder, at string, n *yaml.Node) {
+		const want = "the name of an Auto Scaling group"
+		var g model.NodeGroup
+		var id string
+		object(fields{
+			"id":          text(&id, want, func(s string) bool { return s != "" && len([]rune(s)) <= 255 }),
+			"annotations": table(&g.Annotations, "a text (in quotes if it looks like a number)", annotation, "!!str"),
+		}, required{"id": want})(d, at, n)
+		g.ID = model.GroupID(id)
+		*groups = append(*groups, g)
+	}
 }
 
 func engines(e *Engines) reader {

@@ -28,6 +28,7 @@ func (*still) Taint(context.Context, model.NodeName, string) error              
 func (*still) Untaint(context.Context, model.NodeName, string) error              { return nil }
 func (*still) ClearCATaint(context.Context, model.NodeName, string) error         { return nil }
 func (*still) Delete(context.Context, model.NodeName, string) error               { return nil }
+func (*still) Label(context.Context, model.NodeName, string, model.GroupID) error { return nil }
 func (*still) Mark(context.Context, model.NodeName, string, model.Marks) error    { return nil }
 func (*still) PodsOn(context.Context, model.NodeName) ([]model.Pod, error)        { return nil, nil }
 func (*still) StopEngine(context.Context, model.Pod) (bool, error)                { return false, nil }

@@ -15,7 +15,7 @@ import (
 // cloud's machines, a scheduler, and a watch that tells a World what changes.
 type fakeCluster struct {
 	faults // of Nodes and Pods
-	cloud  *fakeCloud
+	cloud  machinery
 	// slots is how many runner pods a node takes; lag how late the watch is.
 	slots int
 	lag   time.Duration
@@ -46,7 +46,14 @@ type watchEvent struct {
 	tell func(*World)
 }
 
-func newFakeCluster(cloud *fakeCloud) *fakeCluster {
+// machinery is a cloud whose machines become Nodes.
+type machinery interface {
+	step(now time.Time)
+	ids() []model.GroupID
+	machines(group model.GroupID) map[model.InstanceID]machine
+}
+
+func newFakeCluster(cloud machinery) *fakeCluster {
 	c := &fakeCluster{
 		cloud: cloud, slots: 1, lag: 100 * time.Millisecond,
 		nodes: map[model.NodeName]model.Node{}, pods: map[string]*fakePod{}, engines: map[string]*fakeEngine{},
@@ -305,6 +312,16 @@ func (c *fakeCluster) Untaint(ctx context.Context, name model.NodeName, uid stri
 
 func (c *fakeCluster) ClearCATaint(ctx context.Context, name model.NodeName, uid string) error {
 	return c.change(ctx, "clear-autoscaler-taint", name, uid, func(n *model.Node) { n.CATaintSince, n.Unschedulable = time.Time{}, false })
+}
+
+func (c *fakeCluster) Label(ctx context.Context, name model.NodeName, uid string, group model.GroupID) error {
+	return c.change(ctx, "label", name, uid, func(n *model.Node) {
+		n.Labels = maps.Clone(n.Labels)
+		if n.Labels == nil {
+			n.Labels = map[string]string{}
+		}
+		n.Labels[model.Prefix+"/node-group"] = model.GroupLabel(group)
+	})
 }
 
 func (c *fakeCluster) Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error {

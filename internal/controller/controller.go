@@ -232,6 +232,10 @@ func (c *Controller) pollNow() {
 func (c *Controller) observeCall(operation string, began time.Time, err error) {
 	code := "ok"
 	switch {
+	case errors.Is(err, model.ErrDryRun):
+		code = "dry-run"
+	case errors.Is(err, model.ErrUnderWay):
+		code = "under-way"
 	case errors.Is(err, context.DeadlineExceeded):
 		code = "timeout"
 	case errors.Is(err, context.Canceled):

@@ -326,12 +326,25 @@ func (o *owner) observeNode(c nodeChange) {
 		return // left over from before the instance registered anew
 	}
 	o.names[name], o.registered[id] = id, c.node
-	if group := model.GroupID(c.node.Labels[model.Prefix+"/node-group"]); group != "" && o.groupOf[id] == "" {
+	if group := o.labelled(c.node.Labels[model.Prefix+"/node-group"]); group != "" && o.groupOf[id] == "" {
 		o.groupOf[id] = group
 	}
 	o.applyTo(id, nodegroups.ObserveNode{Node: c.node})
 	o.observeBusy(name)
 	o.engineHomes(name, id)
+}
+
+// labelled returns the group that a node's label names.
+func (o *owner) labelled(label string) model.GroupID {
+	if _, ok := o.declared[model.GroupID(label)]; ok || label == "" {
+		return model.GroupID(label)
+	}
+	for id := range o.declared {
+		if model.GroupLabel(id) == label {
+			return id
+		}
+	}
+	return model.GroupID(label)
 }
 
 // release forgets whose an instance was, once neither it nor its Node exists.
@@ -641,7 +654,10 @@ func (o *owner) finished(r result) {
 	if g == nil {
 		return
 	}
-	if r.err != nil {
+	switch {
+	case errors.Is(r.err, model.ErrUnderWay) || errors.Is(r.err, model.ErrDryRun):
+		o.log.Debug("acting goes on", "nodegroup", r.effect.Group, "action", r.effect.Verb, "instances", len(r.effect.Instances), "waits for", r.err)
+	case r.err != nil:
 		o.log.Error("acting failed; it will be tried again", "nodegroup", r.effect.Group, "action", r.effect.Verb,
 			"node", r.effect.Node.Name, "instances", len(r.effect.Instances), "err", r.err)
 	}

@@ -11,13 +11,16 @@ import (
 // a call that may have taken effect is simply made again.
 type Backend interface {
 	// Snapshot reads all groups. An error means that nothing could be read; a
-	// group that could not be read alone is in Snapshot.Errors.
+	// group that could not be read alone is in Snapshot.Errors. A group in which
+	// nothing can have changed since the last snapshot may be left out of both:
+	// what that one said holds.
 	Snapshot(ctx context.Context) (model.Snapshot, error)
 	// Resize sets how many pending and running instances the cloud works
 	// towards. Lowering it only cancels what is not yet an instance.
 	Resize(ctx context.Context, group model.GroupID, desired int) error
 	// Terminate and Stop lower the desired number by every instance that was
-	// pending or running; Start raises it. Unknown instances are skipped.
+	// pending or running; Start raises it. Unknown instances are skipped. An
+	// error that is [model.ErrUnderWay] has the call made again after a while.
 	Terminate(ctx context.Context, group model.GroupID, ids []model.InstanceID) error
 	Stop(ctx context.Context, group model.GroupID, ids []model.InstanceID) error
 	Start(ctx context.Context, group model.GroupID, ids []model.InstanceID) error
@@ -57,6 +60,8 @@ type Nodes interface {
 	// ClearCATaint removes cluster-autoscaler's ToBeDeleted taint.
 	ClearCATaint(ctx context.Context, name model.NodeName, uid string) error
 	Delete(ctx context.Context, name model.NodeName, uid string) error
+	// Label puts the label of its group on a node that has none.
+	Label(ctx context.Context, name model.NodeName, uid string, group model.GroupID) error
 	// Mark makes the node's annotations those of marks; a person's own
 	// scale-down-disabled is never touched.
 	Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error

@@ -240,6 +240,7 @@ type marking struct {
 // alone waits until they may change; whenever something is written they come
 // along.
 func (o *owner) mark(g *nodegroups.Group, now time.Time) {
+	group := g.Spec().ID
 	for _, n := range g.Nodes() {
 		node := n.Node
 		want, ours := marks(g.Settings(), n, now)
@@ -253,9 +254,11 @@ func (o *owner) mark(g *nodegroups.Group, now time.Time) {
 		protected := have.Protected == want.Protected || have.Protected && !have.ProtectedByUs
 		asked := o.marking[n.ID]
 		relabel := want.Warm != have.Warm && !now.Before(asked.relabel)
+		// On most clouds a kubelet knows nothing of groups.
+		bare := node.Labels[model.Prefix+"/node-group"] == "" && !now.Before(asked.again)
 		marked := have.Decision == want.Decision && protected ||
 			asked.decision == want.Decision && asked.protected == want.Protected && now.Before(asked.again)
-		if marked && !relabel || asked.underway {
+		if marked && !relabel && !bare || asked.underway {
 			continue
 		}
 		next := marking{decision: want.Decision, protected: want.Protected, underway: true, relabel: asked.relabel}
@@ -264,7 +267,14 @@ func (o *owner) mark(g *nodegroups.Group, now time.Time) {
 		}
 		o.marking[n.ID] = next
 		o.beside(o.clusters, func(ctx context.Context) {
-			if err := o.cfg.Nodes.Mark(ctx, node.Name, node.UID, want); err != nil && o.ctx.Err() == nil {
+			err := error(nil)
+			if bare {
+				err = o.cfg.Nodes.Label(ctx, node.Name, node.UID, group)
+			}
+			if err == nil && (!marked || relabel) {
+				err = o.cfg.Nodes.Mark(ctx, node.Name, node.UID, want)
+			}
+			if err != nil && o.ctx.Err() == nil {
 				o.log.Error("annotating failed; it will be tried again", "node", node.Name, "err", err)
 			}
 			select {

@@ -99,7 +99,7 @@ func (p *cloudProvider) PricingNodePrice(_ context.Context, req *pb.PricingNodeP
 	}
 	view := fleet.ForInstance(model.InstanceID(req.GetNode().GetProviderID()))
 	if view == nil { // templates have no providerID
-		view = fleet.Group(model.GroupID(req.GetNode().GetLabels()[nodeGroupLabel]))
+		view = labelled(fleet, req.GetNode().GetLabels()[nodeGroupLabel])
 	}
 	if view == nil || view.Settings.NodePrice == nil {
 		return nil, errUnimplemented
@@ -109,6 +109,20 @@ func (p *cloudProvider) PricingNodePrice(_ context.Context, req *pb.PricingNodeP
 		return nil, invalid(view.Group.ID, "period", "a start and an end not before it are required")
 	}
 	return &pb.PricingNodePriceResponse{Price: *view.Settings.NodePrice * end.Sub(start).Hours()}, nil
+}
+
+// labelled returns the view of the group that a node's label names, nil when
+// there is none.
+func labelled(fleet *nodegroups.FleetView, label string) *nodegroups.View {
+	if view := fleet.Group(model.GroupID(label)); view != nil || label == "" {
+		return view
+	}
+	for _, view := range fleet.Groups() {
+		if model.GroupLabel(view.Group.ID) == label {
+			return view
+		}
+	}
+	return nil
 }
 
 // instant reads a time from whichever form is set.

@@ -12,7 +12,8 @@ import (
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
-// nodeGroupLabel is on every node of a group; its value is the group's id.
+// nodeGroupLabel is on every node of a group; its value is
+// model.GroupLabel.
 const nodeGroupLabel = model.Prefix + "/node-group"
 
 // warmLabelPrefix starts the labels of keys that a node is warm for.
@@ -46,7 +47,7 @@ func encodeTemplate(group model.NodeGroup) ([]byte, error) {
 		labels[v1.LabelInstanceTypeStable] = t.InstanceType
 	}
 	labels[v1.LabelHostname] = name
-	labels[nodeGroupLabel] = string(group.ID)
+	labels[nodeGroupLabel] = model.GroupLabel(group.ID)
 
 	node := v1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labels},

@@ -39,7 +39,9 @@ type entry struct {
 }
 
 // NewBook returns a Book that knows no jobs.
-func NewBook() *Book { return &Book{jobs: map[JobID]*entry{}, guesses: map[string]JobID{}, runners: map[string]int{}} }
+func NewBook() *Book {
+	return &Book{jobs: map[JobID]*entry{}, guesses: map[string]JobID{}, runners: map[string]int{}}
+}
 
 // Observe takes a message. It returns whether anything is another way now.
 func (b *Book) Observe(j Job, now time.Time) (changed bool) {
@@ -102,7 +104,7 @@ func (b *Book) Reconcile(l Listing, now time.Time) (changed bool) {
 		if e := b.jobs[j.ID]; e != nil && j.State == Queued && b.guesses[e.Runner] == j.ID {
 			delete(b.guesses, e.Runner)
 			e.State = Queued
-		b.name(e, "")
+			b.name(e, "")
 			changed = true
 		}
 		changed = b.Observe(j, now) || changed

@@ -17,6 +17,13 @@ var ErrSuperseded = errors.New("the record was written by another process")
 // asked: a right is missing, or an admission policy forbids it.
 var ErrRefused = errors.New("the API server refuses it")
 
+// ErrDryRun says that a cloud is only watched: nothing is changed.
+var ErrDryRun = errors.New("this is a dry run: nothing is changed")
+
+// ErrUnderWay says that a cloud has been asked for a part of what is to be
+// done, and must get on with it before it can be asked for the rest.
+var ErrUnderWay = errors.New("the cloud is still at it")
+
 // NodeRecord is what is kept of one instance between two lives of Hearth
 // (RunnerNode). Times are kept to the second.
 type NodeRecord struct {

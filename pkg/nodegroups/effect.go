@@ -294,6 +294,9 @@ const (
 	// at each failure.
 	retryFirst = time.Second
 	retryMost  = 30 * time.Second
+	// retryUnderWay is the wait where nothing has failed, but a cloud must get
+	// on with a part before it can be asked for the rest.
+	retryUnderWay = 5 * time.Second
 )
 
 func (g *Group) done(e Done, now time.Time) {
@@ -325,6 +328,11 @@ func (g *Group) done(e Done, now time.Time) {
 		if !e.Effect.Verb.Cloud() {
 			g.retryAt[key] = now.Add(echo)
 		}
+		return
+	}
+	if errors.Is(e.Err, model.ErrUnderWay) || errors.Is(e.Err, model.ErrDryRun) {
+		delete(g.attempts, key)
+		g.retryAt[key] = now.Add(retryUnderWay)
 		return
 	}
 	wait := min(retryFirst<<min(g.attempts[key], 10), retryMost)

@@ -44,6 +44,12 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}
+	for name, value := range map[string]string{"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"} {
+		if err := os.Setenv(name, value); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e:", err)
+			os.Exit(1)
+		}
+	}
 	dir, err := os.MkdirTemp("", "hearth-e2e-")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
@@ -74,7 +80,7 @@ type ground struct {
 	// cloud is the embedded backend as whoever runs the cloud sees it: past the
 	// provider, with an administrator's rights. It knows the groups once a
 	// provider has been started.
-	cloud *kwok.Backend
+	cloud cloud
 
 	mu sync.Mutex
 	// launched are all runner nodes that ever registered, by name, as they were
@@ -91,7 +97,9 @@ type ground struct {
 // newGround starts a control plane for one test, which then runs beside others:
 // they wait for most of their time. When the test fails, what the processes
 // wrote last is in its output.
-func newGround(t *testing.T) *ground {
+func newGround(t *testing.T) *ground { t.Helper(); return newGroundOn(t, onAWS()) }
+
+func newGroundOn(t *testing.T, aws bool) *ground {
 	t.Helper()
 	t.Parallel()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -118,8 +126,14 @@ func newGround(t *testing.T) *ground {
 			t.Errorf("stopping: %v", err)
 		}
 	})
-	g.cloud, err = kwok.New(kwok.Config{Client: p.Client, Namespace: deploy.Namespace, Logger: slog.New(slog.DiscardHandler)})
-	g.must(err)
+	if aws {
+		a := newAmazon(p.Kube)
+		g.cloud = a
+		wg.Go(func() { a.run(ctx) })
+	} else {
+		g.cloud, err = kwok.New(kwok.Config{Client: p.Client, Namespace: deploy.Namespace, Logger: slog.New(slog.DiscardHandler)})
+		g.must(err)
+	}
 	wg.Go(g.watchNodes)
 	wg.Go(g.watchCloud)
 	return g
@@ -276,13 +290,21 @@ func (g *ground) Autoscaler(change func(*refautoscaler.Flags)) *playground.Autos
 // Provider starts a replica and waits until it serves.
 func (g *ground) Provider(name, groups string) *playground.Provider {
 	g.t.Helper()
+	a, aws := g.cloud.(*amazon)
+	if aws {
+		var err error
+		groups, err = a.translate(groups)
+		g.must(err)
+	}
 	p, err := g.StartProvider(name, groups)
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	cfg, err := config.Load(p.ConfigFile)
-	g.must(err)
-	g.cloud.SetGroups(cfg.NodeGroups())
+	if !aws {
+		cfg, err := config.Load(p.ConfigFile)
+		g.must(err)
+		g.cloud.SetGroups(cfg.NodeGroups())
+	}
 	g.must(p.Serving(g.ctx, 30*time.Second))
 	return p
 }
@@ -315,6 +337,9 @@ func (g *ground) must(err error) {
 // eventually waits until ok returns nil, and fails with its last error.
 func (g *ground) eventually(what string, within time.Duration, ok func() error) {
 	g.t.Helper()
+	if _, aws := g.cloud.(*amazon); aws {
+		within *= 3 // at rest AWS is read once a minute
+	}
 	deadline := time.Now().Add(within)
 	for {
 		err := ok()

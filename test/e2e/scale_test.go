@@ -544,10 +544,15 @@ nodeGroups:
 		return nil
 	})
 	g.eventually("the other group to grow", 10*time.Second, g.sizes("dear", 2, 0))
-	// One loop may pass before the provider reads the cloud's failure; two are
-	// for the autoscaler to act on it.
-	if n := loops() - failedAt; n > 3 {
-		t.Errorf("the other group grew %g loops after the failure, want at most 3", n)
+	// One loop may pass before the provider reads the cloud's failure (of AWS
+	// it does so every 5 s, as long as five loops here); two are for the
+	// autoscaler to act on it.
+	most := 3.0
+	if onAWS() {
+		most = 9
+	}
+	if n := loops() - failedAt; n > most {
+		t.Errorf("the other group grew %g loops after the failure, want at most %g", n, most)
 	}
 	if n := given() - before; n != 2 {
 		t.Errorf("the failing group had %g launches, which the autoscaler took back, want 2", n)
