@@ -426,7 +426,7 @@ func TestAPIServerAway(t *testing.T) {
 	outage("gone", func() { time.Sleep(30 * time.Second) }) // as long as the outage that has to be endured
 	text, err := provider.Metrics(g.ctx)
 	g.must(err)
-	if age := metric(text, "hearth_snapshot_age_seconds"); age < 25 {
+	if age := metric(text, "hearth_snapshot_age_seconds"); age < 25 && !onAWS() { // AWS is read past the API server
 		t.Errorf("the snapshot is said to be %g seconds old", age)
 	}
 	g.must(g.Cluster.StartAPIServer(g.ctx))
