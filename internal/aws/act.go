@@ -96,7 +96,7 @@ func (b *Backend) begin(ctx context.Context, id model.GroupID, doing string) (re
 	held := g != nil && now.Before(g.hold)
 	b.mu.Unlock()
 	if held {
-		return reading{}, errors.New("the outcome of an earlier call is not known yet")
+		return reading{}, underWay("the outcome of an earlier call is not known yet")
 	}
 	if !usable {
 		read, err := b.listNamed(ctx, []string{string(id)})
@@ -397,18 +397,38 @@ func (b *Backend) stop(ctx context.Context, r reading, ids []model.InstanceID) e
 	if err := b.mark(ctx, r.name, aside, parking); err != nil {
 		return err
 	}
-	for part := range slices.Chunk(aside, mostEC2) {
+	if err := inParts(aside, func(part []string) error {
 		_, err := b.cfg.EC2.StopInstances(ctx, &ec2.StopInstancesInput{InstanceIds: part})
 		b.acted(r.name, err)
-		if err != nil {
-			return err
-		}
+		return err
+	}); err != nil {
+		return err
 	}
 	if waiting := r.pick(ids, func(m member) bool {
 		return !m.ended && !leaving(m.lifecycle) && !slices.Contains(unfit, m.id) &&
 			(m.lifecycle != astypes.LifecycleStateStandby || running(ec2State(m.machine.state)))
 	}); len(waiting) > 0 {
 		return underWay("entering standby and stopping")
+	}
+	return nil
+}
+
+// inParts starts or stops instances, many in a call. When EC2 refuses a call
+// because of one of them, each gets its own.
+func inParts(ids []string, call func(part []string) error) error {
+	for part := range slices.Chunk(ids, mostEC2) {
+		err := call(part)
+		if len(part) > 1 && isCode(err, "InsufficientInstanceCapacity", "IncorrectInstanceState", "IncorrectState",
+			"InvalidInstanceID.NotFound", "UnsupportedOperation", "OperationNotPermitted") {
+			var failed []error
+			for _, id := range part {
+				failed = append(failed, call([]string{id}))
+			}
+			err = errors.Join(failed...)
+		}
+		if err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -444,16 +464,14 @@ func (b *Backend) resume(ctx context.Context, r reading, ids []model.InstanceID)
 	if err := b.mark(ctx, r.name, append(slices.Clone(stopped), ready...), resuming); err != nil {
 		return err
 	}
-	for part := range slices.Chunk(stopped, mostEC2) {
+	// One that there is no capacity for must not keep the others.
+	refused := inParts(stopped, func(part []string) error {
 		_, err := b.cfg.EC2.StartInstances(ctx, &ec2.StartInstancesInput{InstanceIds: part})
 		b.acted(r.name, err)
-		if err != nil {
-			return err
-		}
-	}
-	var refused error
+		return err
+	})
 	if room := max(r.max-r.desired, 0); len(ready) > room {
-		refused = fmt.Errorf("the group's maximum is %d", r.max)
+		refused = errors.Join(refused, fmt.Errorf("the group's maximum is %d", r.max))
 		ready = ready[:room]
 	}
 	for part := range slices.Chunk(ready, mostStandby) {

@@ -108,6 +108,7 @@ type group struct {
 	markers   map[string]string    // written by us
 	listed    map[string]string    // id to zone, of the last snapshot
 	actedAt   time.Time
+	version   string    // that the group launches now, as far as it is known
 	lostAt    time.Time // when an instance was seen to be gone
 	would     string    // what a dry run last said
 	setTo     int       // the capacity that was set last, at setAt
@@ -492,7 +493,7 @@ func (g *group) snapshot(now time.Time) (s model.GroupSnapshot, missing int) {
 			s.Desired++
 		}
 		zones[id] = awssdk.ToString(i.AvailabilityZone)
-		s.Instances = append(s.Instances, model.Instance{ID: providerID(zones[id], id), State: state})
+		s.Instances = append(s.Instances, model.Instance{ID: providerID(zones[id], id), State: state, Outdated: g.outdated(i)})
 	}
 	for id, zone := range g.listed {
 		m, exists := g.instances[id]
@@ -517,6 +518,13 @@ func (g *group) snapshot(now time.Time) (s model.GroupSnapshot, missing int) {
 	g.listed = zones
 	slices.SortFunc(s.Instances, func(a, b model.Instance) int { return strings.Compare(string(a.ID), string(b.ID)) })
 	return s, max(missing, 0)
+}
+
+// outdated says whether an instance was launched from another version than the
+// group's next one will be.
+func (g *group) outdated(i astypes.Instance) bool {
+	return g.version != "" && i.LaunchTemplate != nil &&
+		awssdk.ToString(i.LaunchTemplate.LaunchTemplateId)+" "+awssdk.ToString(i.LaunchTemplate.Version) != g.version
 }
 
 // state tells an instance's state; false when it is not to be told at all.

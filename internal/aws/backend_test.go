@@ -556,6 +556,34 @@ func TestUnparkable(t *testing.T) {
 	})
 }
 
+// TestNoCapacityToStart: a parked instance that cannot be started keeps no other.
+func TestNoCapacityToStart(t *testing.T) {
+	in(t, nil, func(a *account) {
+		a.add(awsfake.Group{Name: "a"})
+		a.grown("a", 3)
+		ids := a.ids("a")
+		for range 5 {
+			a.must2(a.Stop(context.Background(), "a", ids))
+			a.pass(5 * time.Second)
+		}
+		a.EditInstance(a.Instances("a")[1].ID, func(i *awsfake.Instance) { i.NoCapacity = true })
+		var refused error
+		for range 8 {
+			if err := a.Start(context.Background(), "a", ids); !isUnderWay(err) {
+				refused = err
+			}
+			a.pass(5 * time.Second)
+		}
+		states := map[string]int{}
+		for _, i := range a.Instances("a") {
+			states[i.Lifecycle+" "+i.State]++
+		}
+		if states["InService running"] != 2 || states["Standby stopped"] != 1 || refused == nil {
+			t.Errorf("%v, %v", states, refused)
+		}
+	})
+}
+
 // TestDryRun: nothing is changed, and what would be is said once.
 func TestDryRun(t *testing.T) {
 	in(t, func(c *aws.Config) { c.DryRun = true }, func(a *account) {

@@ -120,6 +120,11 @@ func (b *Backend) Discover(ctx context.Context) ([]model.NodeGroup, error) {
 			template = last
 		}
 		b.templates.last[id] = template
+		b.mu.Lock()
+		if g := b.groups[id]; g != nil {
+			g.version = b.launches(asg)
+		}
+		b.mu.Unlock()
 		most := int(awssdk.ToInt32(asg.MaxSize))
 		out = append(out, model.NodeGroup{
 			ID: id, Min: min(int(awssdk.ToInt32(asg.MinSize)), most), Max: most,
@@ -400,6 +405,32 @@ func templateOf(asg astypes.AutoScalingGroup) *astypes.LaunchTemplateSpecificati
 	return asg.LaunchTemplate
 }
 
+// launches names the launch template and version of the group's next instance,
+// empty when that is not known.
+func (b *Backend) launches(asg astypes.AutoScalingGroup) string {
+	spec := templateOf(asg)
+	if spec == nil {
+		return ""
+	}
+	id, version := awssdk.ToString(spec.LaunchTemplateId), awssdk.ToString(spec.Version)
+	if followed(version) {
+		n := b.number(id, version)
+		if n == 0 {
+			return ""
+		}
+		version = strconv.FormatInt(n, 10)
+	}
+	return id + " " + version
+}
+
+// number is that of a followed version, 0 when it is not known.
+func (b *Backend) number(id, version string) int64 {
+	if version == "$Latest" {
+		return b.templates.numbers[id].value.latest
+	}
+	return b.templates.numbers[id].value.standard
+}
+
 // followed says whether a version is not a number, but what EC2 calls the
 // latest or the default one now.
 func followed(version string) bool { return version == "" || strings.HasPrefix(version, "$") }
@@ -452,10 +483,7 @@ func (b *Backend) followPart(ctx context.Context, ids []string) error {
 // version reads a version of a launch template. A numbered one never changes.
 func (b *Backend) version(ctx context.Context, id, version string) (ec2types.ResponseLaunchTemplateData, error) {
 	if followed(version) {
-		n := b.templates.numbers[id].value.standard
-		if version == "$Latest" {
-			n = b.templates.numbers[id].value.latest
-		}
+		n := b.number(id, version)
 		if n == 0 {
 			return ec2types.ResponseLaunchTemplateData{}, fmt.Errorf("launch template %q cannot be found", id)
 		}

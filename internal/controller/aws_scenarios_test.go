@@ -126,6 +126,34 @@ func (l awsLab) failed(id model.GroupID) (n int) {
 	return n
 }
 
+// TestAWSDrift: a parked instance of an old launch template version stays parked
+// while a current one can be launched in its stead, and comes back when none can.
+func TestAWSDrift(t *testing.T) {
+	awsExperiment(t, []model.NodeGroup{group(runners, "park", "stop", "max-idle", "1m")}, func(l awsLab) {
+		l = l.attended()
+		l.aws.Edit("runners", func(g *awsfake.Group) { g.Version = "$Latest" })
+		l.start()
+		l.fleet(2)
+		l.parkOne()
+		l.aws.EditTemplate("lt", func(t *awsfake.LaunchTemplate) {
+			t.Versions = append(slices.Clone(t.Versions), awsfake.TemplateVersion{InstanceType: "m5.large"})
+		})
+		time.Sleep(15 * time.Minute)
+		l.refresh()
+		l.must(l.increase(runners, 1))
+		l.settlesAt(2, 1)
+		if n := len(l.aws.All()); n != 3 {
+			t.Errorf("%d instances were launched, want 3", n)
+		}
+		l.aws.Edit("runners", func(g *awsfake.Group) { g.Capacity, g.Refusal = 2, "We currently do not have sufficient capacity." })
+		l.refresh()
+		l.must(l.increase(runners, 1))
+		l.within(time.Minute, "failure told", func() bool { l.refresh(); return l.failed(runners) == 1 })
+		l.must(l.increase(runners, 1))
+		l.within(5*time.Minute, "return of the old one", func() bool { return l.has("InService", "running") == 3 })
+	})
+}
+
 // TestAWSMaximumLowered: a maximum below what runs takes no instance, and is no
 // reason to ask over and over.
 func TestAWSMaximumLowered(t *testing.T) {

@@ -433,7 +433,9 @@ func (o *owner) read(r reading) {
 		}
 		o.apply(g, nodegroups.ObserveCloud{Snapshot: s})
 	}
-	o.readAt = r.at
+	if len(r.snapshot.Groups) > 0 || len(o.fleet) == 0 {
+		o.readAt = r.at
+	}
 	o.start()
 }
 

@@ -145,6 +145,9 @@ type Instance struct {
 	ID         InstanceID
 	State      InstanceState
 	LaunchedAt time.Time
+	// Outdated: the group's next instance would be made in another way, of
+	// another image perhaps.
+	Outdated bool
 }
 
 // FailureClass says why a cloud did not start an instance.

@@ -139,8 +139,8 @@ func (g *Group) advance(id model.InstanceID, now time.Time, out *Outcome) {
 	}
 }
 
-// boundParked ends parked instances that are too old, then the least valuable
-// ones beyond the maximum.
+// boundParked ends parked instances that are too old, then the outdated and the
+// least valuable ones beyond the maximum.
 func (g *Group) boundParked(now time.Time, out *Outcome) {
 	parked := g.withIntent(func(_ model.InstanceID, i Intent) bool {
 		return i.Desired == model.DesiredParked && i.Stage == StageStopping
@@ -157,6 +157,12 @@ func (g *Group) boundParked(now time.Time, out *Outcome) {
 		return old
 	})
 	slices.SortStableFunc(parked, func(a, b model.InstanceID) int {
+		if x, y := g.members[a].cloud.Outdated, g.members[b].cloud.Outdated; x != y {
+			if x {
+				return -1
+			}
+			return 1
+		}
 		return cmp.Or(
 			cmp.Compare(g.verdicts[a].Score, g.verdicts[b].Score),
 			g.record.Intents[a].Since.Compare(g.record.Intents[b].Since))

@@ -768,13 +768,15 @@ func (g *Group) takeBack(n int, out *Outcome) (taken int) {
 }
 
 // resume starts up to n parked instances: the preferred ones first, then by
-// id. Hidden ones are not told to CA. An instance whose old Node is not gone
+// id. Hidden ones are not told to CA. An outdated one is left where it is as
+// long as the cloud launches others. An instance whose old Node is not gone
 // has to wait: that Node would pass for the new one, and be deleted as the old.
 func (g *Group) resume(n int, prefer []model.InstanceID, hidden bool, now time.Time, out *Outcome) (resumed int) {
 	parked := g.withIntent(func(id model.InstanceID, i Intent) bool {
 		_, registered := g.nodes[id]
 		return i.Desired == model.DesiredParked && i.Stage == StageStopping &&
-			g.members[id].cloud.State == model.InstanceStopped && !registered
+			g.members[id].cloud.State == model.InstanceStopped && !registered &&
+			(!g.members[id].cloud.Outdated || g.failure() != nil)
 	})
 	rank := func(id model.InstanceID) int {
 		if at := slices.Index(prefer, id); at >= 0 {

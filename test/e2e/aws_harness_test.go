@@ -9,6 +9,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -28,6 +29,15 @@ import (
 // onAWS says whether the tests run with the AWS backend: their groups then are
 // Auto Scaling groups of a stand-in for AWS.
 func onAWS() bool { return os.Getenv("HEARTH_E2E_BACKEND") == "aws" }
+
+// embeddedOnly skips a test that is about the embedded backend: it breaks its
+// ConfigMaps or reloads groups with sizes from the config file.
+func embeddedOnly(t *testing.T) {
+	t.Helper()
+	if onAWS() {
+		t.Skip("is about the embedded backend")
+	}
+}
 
 // cloud is where instances come from as whoever runs it sees it: past the
 // provider.

@@ -335,6 +335,7 @@ func TestParkedWithItsCache(t *testing.T) {
 // if nothing had happened. Each group is held at another step by having its
 // next write refused.
 func TestProviderKilledWhileParking(t *testing.T) {
+	embeddedOnly(t)
 	g := newGround(t)
 	const ours = `request.userInfo.username.endsWith(":hearth:hearth") && `
 	podOf := func(object, group string) string { return object + `.spec.nodeName.startsWith("` + group + `-")` }

@@ -287,20 +287,25 @@ func (g *ground) Autoscaler(change func(*refautoscaler.Flags)) *playground.Autos
 	return a
 }
 
+// StartProvider starts a replica, whose config is for the backend of the test.
+func (g *ground) StartProvider(name, groups string) (*playground.Provider, error) {
+	if a, aws := g.cloud.(*amazon); aws && strings.Contains(groups, "kwok:") {
+		var err error
+		if groups, err = a.translate(groups); err != nil {
+			return nil, err
+		}
+	}
+	return g.Playground.StartProvider(name, groups)
+}
+
 // Provider starts a replica and waits until it serves.
 func (g *ground) Provider(name, groups string) *playground.Provider {
 	g.t.Helper()
-	a, aws := g.cloud.(*amazon)
-	if aws {
-		var err error
-		groups, err = a.translate(groups)
-		g.must(err)
-	}
 	p, err := g.StartProvider(name, groups)
 	if err != nil {
 		g.t.Fatal(err)
 	}
-	if !aws {
+	if _, aws := g.cloud.(*amazon); !aws {
 		cfg, err := config.Load(p.ConfigFile)
 		g.must(err)
 		g.cloud.SetGroups(cfg.NodeGroups())

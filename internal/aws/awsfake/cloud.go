@@ -97,6 +97,7 @@ type Instance struct {
 	Spot             bool
 	InstanceStore    bool // the root device is not on EBS
 	StopProtected    bool
+	NoCapacity       bool // it cannot be started
 	LaunchedAt       time.Time
 	Tags             map[string]string
 	Template         string // version that it was launched from

@@ -142,6 +142,8 @@ func (c *Cloud) startStop(call Call) (any, error) {
 			return nil, &failure{400, "InvalidInstanceID.NotFound", "The instance ID '" + id + "' does not exist"}
 		case i.State == "shutting-down" || i.State == "terminated" || start && i.State == "stopping" || !start && i.State == "pending":
 			return nil, &failure{400, "IncorrectInstanceState", "The instance '" + id + "' is not in a state from which it can be started or stopped."}
+		case start && i.NoCapacity && i.State == "stopped":
+			return nil, &failure{500, "InsufficientInstanceCapacity", "Insufficient capacity."}
 		case !start && (i.Spot || i.InstanceStore):
 			return nil, &failure{400, "UnsupportedOperation", "You can't stop the instance '" + id + "'"}
 		case !start && i.StopProtected:
