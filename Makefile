@@ -29,6 +29,11 @@ help: ## Show this list
 build: ## Build bin/hearth
 	go build -trimpath -ldflags '-X main.version=$(VERSION)' -o bin/hearth ./cmd/provider
 
+.PHONY: image
+image: ## Build the container image as an OCI archive, bin/hearth-image.tar
+	go build -C tools/image -o ../../bin/image .
+	bin/image -version '$(VERSION)' -out bin/hearth-image.tar
+
 .PHONY: cluster
 cluster: ## Build the control plane that tests and demo start (once, about 5 minutes)
 	test/cluster/build
@@ -42,6 +47,7 @@ generate: ## Generate Go from the protos, CRDs from the API types, reference pag
 	$(BUF) generate protos --template protos/buf.gen.yaml
 	$(CONTROLLER_GEN) object crd paths=./api/... output:crd:artifacts:config=deploy/crds
 	go test ./cmd/provider -run TestReference -count=1 -update
+	go test ./charts -run TestChartCarriesDeploy -count=1 -update
 
 .PHONY: policy
 policy: ## Rewrite the tables of docs/policy.md (HEARTH_TRACES=folder of the traces)
@@ -63,7 +69,7 @@ verify: ## Fail if anything generated is stale, a module untidy or the linters c
 	diff <(echo "$$before") <(echo "$$after") || { echo 'verify: the files above were stale; they are generated anew now' >&2; exit 1; }
 	$(BUF) lint protos
 	$(BUF) format --diff --exit-code protos
-	@for mod in go.mod tools/go.mod tools/buf/go.mod tools/lint/go.mod test/cluster/go.mod; do \
+	@for mod in go.mod tools/go.mod tools/buf/go.mod tools/helm/go.mod tools/image/go.mod tools/lint/go.mod test/cluster/go.mod; do \
 		echo "go mod tidy -diff ($$mod)"; \
 		go -C "$$(dirname "$$mod")" mod tidy -diff || { echo "verify: $$mod is not tidy" >&2; exit 1; }; \
 	done
@@ -86,6 +92,7 @@ unit: ## Run the fast tests, without a control plane
 .PHONY: race
 race: ## Run the same tests at full length under the race detector
 	@$(unit_packages); go test -race -timeout 15m $$packages
+	go test -C tools/image .
 
 .PHONY: e2e
 e2e: cluster build ## Run the tests that start a control plane (and CLUSTER_AUTOSCALER, if set)

@@ -20,6 +20,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"sigs.k8s.io/yaml"
 
+	"github.com/hearth-ci/hearth/api/v1alpha1"
 	"github.com/hearth-ci/hearth/internal/aws/awsfake"
 	"github.com/hearth-ci/hearth/internal/config"
 	"github.com/hearth-ci/hearth/internal/kwok"
@@ -54,6 +55,10 @@ type amazon struct {
 	*awsfake.Cloud
 	server *httptest.Server
 	kube   kubernetes.Interface
+
+	// bare: kubelets register without the label of their node group, as they do
+	// unless they are told of it; Hearth sets it a moment later.
+	bare bool
 
 	mu       sync.Mutex
 	groups   map[model.GroupID]model.NodeGroup
@@ -140,6 +145,9 @@ func (a *amazon) register(ctx context.Context, g model.NodeGroup, i awsfake.Inst
 		Spec: corev1.NodeSpec{ProviderID: "aws:///" + i.Zone + "/" + i.ID},
 	}
 	maps.Copy(node.Labels, g.Template.Labels)
+	if !a.bare {
+		node.Labels[v1alpha1.NodeGroupLabel] = v1alpha1.GroupLabel(model.GroupID(i.Tags["aws:autoscaling:groupName"]))
+	}
 	for _, t := range g.Template.Taints {
 		node.Spec.Taints = append(node.Spec.Taints, corev1.Taint{Key: t.Key, Value: t.Value, Effect: corev1.TaintEffect(t.Effect)})
 	}

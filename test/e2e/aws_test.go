@@ -24,6 +24,7 @@ import (
 func TestAWS(t *testing.T) {
 	g := newGroundOn(t, true)
 	amazon := g.cloud.(*amazon)
+	amazon.bare = true
 	g.Provider("provider", runners("1s", 5, `hearth.dev/park: stop, hearth.dev/max-idle: 1s, hearth.dev/scale-down-unneeded-time: 1s`))
 	g.Autoscaler(nil)
 	has := func(lifecycle, state string) func() error {
@@ -81,6 +82,7 @@ func TestAWSDryRun(t *testing.T) {
 	}
 	g := newGroundOn(t, true)
 	amazon := g.cloud.(*amazon)
+	amazon.bare = true
 	text, err := amazon.translate(runners("1s", 5, `hearth.dev/park: stop, hearth.dev/min-warm: "3"`))
 	g.must(err)
 	amazon.Edit("runners", func(asg *awsfake.Group) { asg.Desired = 2 }) // by the other provider

@@ -455,6 +455,11 @@ nodeGroups:
 	parked := map[string]model.InstanceID{"web": g.instanceOf("web"), "api": g.instanceOf("api")}
 	g.finish("web", "api")
 	g.eventually("both to be parked", 60*time.Second, func() error {
+		for _, group := range []string{"cheap", "dear"} {
+			if rng, err := g.group(group); err != nil || rng.Status.Parked != 1 {
+				return fmt.Errorf("%s is not told to be parked: %v", group, err)
+			}
+		}
 		return errors.Join(
 			g.cloudHas("cheap", 0, 1, model.InstanceStopped)(), g.cloudHas("dear", 0, 1, model.InstanceStopped)(),
 			g.readyNodes("cheap", 0)(), g.readyNodes("dear", 0)())
