@@ -166,6 +166,9 @@ func TestLabelsGoWithTheCache(t *testing.T) {
 // How long a job waits for a warm node is what the way out takes.
 func TestPatience(t *testing.T) {
 	w := NewWorld([]model.NodeGroup{group("parks", "park", "stop"), group("ends")})
+	if w.SetGroups([]model.NodeGroup{group("parks", "park", "stop", "jobs-per-node", "3"), group("ends"), group("CI runners", "jobs-per-node", "2")}); w.JobsPerNode("parks") != 3 || w.JobsPerNode(model.GroupID(model.GroupLabel("CI runners"))) != 2 {
+		t.Error("slots by id or label are not known")
+	}
 	if got := w.Patience("parks"); got != usualResume {
 		t.Errorf("a group that parks: %s", got)
 	}

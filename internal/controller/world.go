@@ -17,13 +17,15 @@ import (
 // is an owner (a stand-by waits for weeks) what is gone leaves no trace. Its
 // methods are safe for concurrent use.
 type World struct {
-	mu          sync.Mutex
-	owned       bool // take has been called
-	declared    map[model.GroupID]model.NodeGroup
-	seen        map[model.GroupID]map[string]string // annotations, the newest
-	keys        map[model.GroupID][]string          // cache-keys of each group
-	slots       map[model.GroupID]int               // jobs-per-node of each group
-	parks       map[model.GroupID]bool
+	mu       sync.Mutex
+	owned    bool // take has been called
+	declared map[model.GroupID]model.NodeGroup
+	seen     map[model.GroupID]map[string]string // annotations, the newest
+	keys     map[model.GroupID][]string          // cache-keys of each group
+	// slots are the jobs-per-node of each group, parks whether it parks: by its
+	// id, and by the value of its nodes' label.
+	slots       map[string]int
+	parks       map[string]bool
 	nodes       map[model.NodeName]nodeChange
 	pods        map[podKey]podChange
 	uses        map[model.NodeName]model.EngineUse
@@ -71,8 +73,8 @@ func (w *World) SetGroups(groups []model.NodeGroup) {
 	defer w.mu.Unlock()
 	w.declared = make(map[model.GroupID]model.NodeGroup, len(groups))
 	w.keys = make(map[model.GroupID][]string, len(groups))
-	w.slots = make(map[model.GroupID]int, len(groups))
-	w.parks = make(map[model.GroupID]bool, len(groups))
+	w.slots = make(map[string]int, len(groups))
+	w.parks = make(map[string]bool, len(groups))
 	for _, g := range groups {
 		w.declared[g.ID] = g
 		w.readKeys(g.ID)
@@ -83,8 +85,10 @@ func (w *World) readKeys(id model.GroupID) {
 	if spec, ok := w.declared[id]; ok {
 		settings, _ := nodegroups.Interpret(spec, w.seen[id])
 		w.keys[id] = settings.CacheKeys
-		w.slots[id] = settings.JobsPerNode
-		w.parks[id] = settings.Park == nodegroups.ParkStop
+		for _, name := range []string{string(id), model.GroupLabel(id)} {
+			w.slots[name] = settings.JobsPerNode
+			w.parks[name] = settings.Park == nodegroups.ParkStop
+		}
 	}
 }
 
@@ -97,11 +101,11 @@ func (w *World) KeysFor(group model.GroupID) []string {
 }
 
 // JobsPerNode returns how many runner pods a node of the group takes at a time,
-// zero when the group is not known.
+// zero when the group is not known. The group may be named by its label's value.
 func (w *World) JobsPerNode(group model.GroupID) int {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return w.slots[group]
+	return w.slots[string(group)]
 }
 
 // Patience returns for how long a job of the group is better off waiting for a
@@ -110,7 +114,7 @@ func (w *World) JobsPerNode(group model.GroupID) int {
 func (w *World) Patience(group model.GroupID) time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.parks[group] {
+	if w.parks[string(group)] {
 		return usualResume
 	}
 	return usualBoot

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -131,6 +132,24 @@ func (a *amazon) unready(ctx context.Context, i awsfake.Instance, value string) 
 		return nil
 	}
 	return err
+}
+
+func (a *amazon) refuse(groups []string) {
+	of := map[string]string{}
+	for _, i := range a.All() {
+		of[i.ID] = i.Tags["aws:autoscaling:groupName"]
+	}
+	a.SetFault(func(c awsfake.Call) awsfake.Fault {
+		if strings.HasPrefix(c.Operation, "Describe") {
+			return awsfake.None
+		}
+		for _, name := range append([]string{c.Group}, c.Instances...) {
+			if slices.Contains(groups, name) || slices.Contains(groups, of[name]) {
+				return awsfake.ServerError
+			}
+		}
+		return awsfake.None
+	})
 }
 
 func (a *amazon) register(ctx context.Context, g model.NodeGroup, i awsfake.Instance) error {

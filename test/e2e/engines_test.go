@@ -286,6 +286,7 @@ func TestParkedWithItsCache(t *testing.T) {
 		node, err := g.node(g.nodeOf(pod))
 		g.must(err)
 		g.eventually("its engine", 10*time.Second, e.engine(node.Name, runs))
+		g.eventually("its instance to be known", 20*time.Second, g.knows("runners", node.Name))
 		if err := g.deleteNodes(ca, "runners", node); err == nil || !strings.Contains(err.Error(), "runs a CI job") {
 			t.Errorf("deleting the busy node of %s: %v", pod, err)
 		}
@@ -330,12 +331,22 @@ func TestParkedWithItsCache(t *testing.T) {
 	})
 }
 
+// knows fails until Hearth has read the instance of a node.
+func (g *ground) knows(group, node string) func() error {
+	return func() error {
+		nodes, err := g.runnerNodes(group)
+		if _, known := nodes[node]; err == nil && !known {
+			err = fmt.Errorf("no RunnerNode is of %s", node)
+		}
+		return err
+	}
+}
+
 // TestProviderKilledWhileParking: after kill -9 at any step of a clean stop the
 // next life goes on where the record says that the last one was, and ends as
 // if nothing had happened. Each group is held at another step by having its
 // next write refused.
 func TestProviderKilledWhileParking(t *testing.T) {
-	embeddedOnly(t)
 	g := newGround(t)
 	const ours = `request.userInfo.username.endsWith(":hearth:hearth") && `
 	podOf := func(object, group string) string { return object + `.spec.nodeName.startsWith("` + group + `-")` }
@@ -378,7 +389,7 @@ func TestProviderKilledWhileParking(t *testing.T) {
 			func(group string) func() error {
 				return all(g.intents(group, "Stopping", 1), e.engine(node[group], ended))
 			}},
-		{"released", refusal{admissionregistration.Update, "configmaps", `object.metadata.name == "hearth-kwok-released"`},
+		{"released", g.cloudRefusals("released"),
 			func(group string) func() error {
 				return all(g.intents(group, "Stopping", 1), g.cloudHas(group, 1, 1, model.InstanceRunning), func() error {
 					if n := len(e.on(node[group])); n != 0 {
@@ -397,7 +408,7 @@ func TestProviderKilledWhileParking(t *testing.T) {
 	var refusals []refusal
 	for _, s := range steps {
 		groups, pods = append(groups, s.group), append(pods, s.group+"-job")
-		if s.next.resource != "" {
+		if s.next.when != "" {
 			refusals = append(refusals, s.next)
 		}
 	}

@@ -162,6 +162,18 @@ type refusal struct {
 	when      string
 }
 
+// cloudRefusals are writes of groups that the cloud is to refuse.
+func (g *ground) cloudRefusals(groups ...string) refusal {
+	if onAWS() {
+		return refusal{resource: "", when: strings.Join(groups, " ")}
+	}
+	names := make([]string, 0, len(groups))
+	for _, group := range groups {
+		names = append(names, strconv.Quote("hearth-kwok-"+group))
+	}
+	return refusal{admissionregistration.Update, "configmaps", "object.metadata.name in [" + strings.Join(names, ", ") + "]"}
+}
+
 // refuse has the API server refuse writes until allow is called, so that what
 // would come after them does not happen meanwhile.
 func (g *ground) refuse(refusals ...refusal) (allow func()) {
@@ -169,6 +181,10 @@ func (g *ground) refuse(refusals ...refusal) (allow func()) {
 	api := g.Kube.AdmissionregistrationV1()
 	var names []string
 	for _, r := range refusals {
+		if r.resource == "" {
+			g.cloud.(*amazon).refuse(strings.Fields(r.when))
+			continue
+		}
 		name := "refusal-" + strings.ToLower(rand.Text()[:8])
 		names = append(names, name)
 		rule := func(operation admissionregistration.OperationType, resource string, names ...string) admissionregistration.NamedRuleWithOperations {
@@ -214,6 +230,9 @@ func (g *ground) refuse(refusals ...refusal) (allow func()) {
 	})
 	return func() {
 		g.t.Helper()
+		if a, ok := g.cloud.(*amazon); ok {
+			a.SetFault(nil)
+		}
 		for _, name := range names {
 			g.must(errors.Join(
 				api.ValidatingAdmissionPolicyBindings().Delete(g.ctx, name, metav1.DeleteOptions{}),

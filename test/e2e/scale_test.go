@@ -786,6 +786,7 @@ nodeGroups:
 	g.eventually("the second job to run", 40*time.Second, g.pods(corev1.PodRunning, "two"))
 	node, err := g.node(g.nodeOf("two"))
 	g.must(err)
+	g.eventually("its instance to be known", 20*time.Second, g.knows("runners", node.Name))
 	g.must(g.deleteNodes(ca, "runners", node))
 	g.eventually("the busy node to go", 20*time.Second, g.gone(node.Name))
 	g.eventually("the instances to go", 20*time.Second, func() error {
