@@ -9,7 +9,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/client-go/kubernetes"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 )
@@ -20,7 +19,7 @@ import (
 func TestChart(t *testing.T) {
 	g := newGroundOn(t, false)
 	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ci-system"}}
-	_, err := kubernetes.Interface(g.Kube).CoreV1().Namespaces().Create(g.ctx, namespace, metav1.CreateOptions{})
+	_, err := g.Kube.CoreV1().Namespaces().Create(g.ctx, namespace, metav1.CreateOptions{})
 	g.must(err)
 	out, err := exec.CommandContext(g.ctx, "go", "tool", "-modfile=../../tools/helm/go.mod", "helm",
 		"template", "hearth", "../../charts/hearth", "--namespace", "ci-system", "--include-crds",

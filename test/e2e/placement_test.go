@@ -456,8 +456,12 @@ nodeGroups:
 	g.finish("web", "api")
 	g.eventually("both to be parked", 60*time.Second, func() error {
 		for _, group := range []string{"cheap", "dear"} {
-			if rng, err := g.group(group); err != nil || rng.Status.Parked != 1 {
-				return fmt.Errorf("%s is not told to be parked: %v", group, err)
+			rng, err := g.group(group)
+			if err == nil && rng.Status.Parked != 1 {
+				err = fmt.Errorf("%s is not told to be parked", group)
+			}
+			if err != nil {
+				return err
 			}
 		}
 		return errors.Join(

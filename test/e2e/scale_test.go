@@ -288,7 +288,10 @@ func TestColdestGoesFirst(t *testing.T) {
 		}
 		return err
 	})
-	// Not before: while every node is busy, it asks for another.
+	// Not before: while every node is busy, or unknown, it asks for another.
+	for _, node := range on {
+		g.eventually("the nodes to be known", 20*time.Second, g.knows("runners", node))
+	}
 	g.annotateGroup("runners", map[string]any{"hearth.dev/min-warm": "1"})
 
 	seen := map[string]v1alpha1.RunnerNode{}
