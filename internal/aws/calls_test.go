@@ -75,6 +75,11 @@ func TestCalls(t *testing.T) {
 		a.report("start", 0)
 
 		a.drive(time.Hour)
+		// Discovery by two tags is one filter, not a list of all tags of the
+		// account (kubernetes/autoscaler #3877).
+		if n := a.Count("DescribeTags"); n > 0 {
+			t.Errorf("%d calls of DescribeTags", n)
+		}
 		rest := inTree{refreshes: 60, templates: manyGroups * 3}.total(manyGroups)
 		if ours := a.report("an hour at rest", rest); ours > rest {
 			t.Errorf("more calls at rest than %d", rest)

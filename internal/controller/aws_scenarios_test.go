@@ -293,6 +293,45 @@ func TestAWSPlaceholderRace(t *testing.T) {
 	}
 }
 
+// TestAWSBelowMinimum: a group of which fewer nodes live than its minimum, since
+// AWS has no more, still takes a scale-up, tells that it fails, and lets the
+// autoscaler give that up; the in-tree provider refuses to, and hangs in a loop
+// (kubernetes/autoscaler #9043). Once there are machines, it has its minimum.
+func TestAWSBelowMinimum(t *testing.T) {
+	awsExperiment(t, []model.NodeGroup{group(runners)}, func(l awsLab) {
+		l.start()
+		l.fleet(1)
+		l.aws.Edit("runners", func(g *awsfake.Group) {
+			g.Min, g.Desired, g.Capacity, g.Refusal = 3, 3, 1, "We currently do not have sufficient capacity."
+		})
+		time.Sleep(2 * time.Minute)
+		for range 3 { // the autoscaler tries again when its backoff ends
+			l.refresh()
+			before := l.view(runners).Target
+			l.must(l.increase(runners, 2))
+			l.within(time.Minute, "failure told", func() bool { l.refresh(); return l.failed(runners) >= 2 })
+			var placeholders []model.InstanceID
+			for _, i := range l.view(runners).Instances {
+				if i.Failure != nil {
+					placeholders = append(placeholders, i.ID)
+				}
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			l.must(l.ctl.DeleteNodes(ctx, runners, placeholders))
+			cancel()
+			if after := l.view(runners).Target; after > before {
+				t.Errorf("the target size is %d after it was given up, before it was %d", after, before)
+			}
+			time.Sleep(6 * time.Minute)
+		}
+		l.aws.Edit("runners", func(g *awsfake.Group) { g.Capacity = -1 })
+		l.settlesAt(3, 0)
+		if taken := l.aws.Taken(); len(taken) > 0 {
+			t.Errorf("the group took %v", taken)
+		}
+	})
+}
+
 // TestAWSDecreaseSucceeds: a DecreaseTargetSize whose number counts nodes that
 // have arrived meanwhile is no error, which would end the loop for all groups
 // (kubernetes/autoscaler #6128).
@@ -335,7 +374,8 @@ func TestAWSBrokenGroup(t *testing.T) {
 }
 
 // TestAWSDeletesGoOn: one instance that cannot be terminated does not keep the
-// others.
+// others, of which one call ends up to a hundred (kubernetes/autoscaler #10186
+// asks for that).
 func TestAWSDeletesGoOn(t *testing.T) {
 	awsExperiment(t, []model.NodeGroup{group(runners, "max-idle", "1m")}, func(l awsLab) {
 		l.start()
