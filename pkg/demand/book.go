@@ -36,6 +36,9 @@ type Book struct {
 type entry struct {
 	Job
 	heard time.Time // when it was last told of
+	// missed says that it has ended because a listing left it out, as far as
+	// known.
+	missed bool
 }
 
 // NewBook returns a Book that knows no jobs.
@@ -65,8 +68,8 @@ func (b *Book) Observe(j Job, now time.Time) (changed bool) {
 	}
 	e.heard = now
 	before := e.State
-	if j.State > e.State {
-		e.State, e.At = j.State, j.At
+	if j.State > e.State || j.State == Ended {
+		e.State, e.At, e.missed = j.State, j.At, false
 	}
 	b.name(e, cmp.Or(j.Runner, e.Runner))
 	if len(j.Key) > len(e.Key) { // a listing knows the workflow, an event only the repository
@@ -96,7 +99,8 @@ func (b *Book) settle(j Job) {
 	}
 }
 
-// Reconcile takes a listing: it says what has not ended, and what has.
+// Reconcile takes a listing: it says what has not ended, and what has. What one
+// left out by mistake the next brings back.
 func (b *Book) Reconcile(l Listing, now time.Time) (changed bool) {
 	listed := make(map[JobID]bool, len(l.Jobs))
 	for _, j := range l.Jobs {
@@ -107,11 +111,15 @@ func (b *Book) Reconcile(l Listing, now time.Time) (changed bool) {
 			b.name(e, "")
 			changed = true
 		}
+		if e := b.jobs[j.ID]; e != nil && e.missed && l.At.After(e.At) && j.State != Ended {
+			e.State, e.At, e.missed = j.State, j.At, false
+			changed = true
+		}
 		changed = b.Observe(j, now) || changed
 	}
 	for id, e := range b.jobs {
 		if !listed[id] && e.System == l.System && e.Scope == l.Scope && e.State != Ended && e.QueuedAt.Before(l.At) {
-			e.State, e.At, e.heard = Ended, l.At, now
+			e.State, e.At, e.heard, e.missed = Ended, l.At, now, true
 			changed = true
 		}
 	}

@@ -319,3 +319,22 @@ func TestPlanIsExact(t *testing.T) {
 		}
 	})
 }
+
+// A listing that leaves a job out, be it because it was made while the job's run
+// went from one list to another, is corrected by the next.
+func TestListingCorrectsAListing(t *testing.T) {
+	b := NewBook()
+	job := message("a", Queued, 0)
+	b.Observe(job, at(1))
+	listed := func(seconds int, jobs ...Job) {
+		b.Reconcile(Listing{System: GitHub, Scope: "acme/shop", At: at(seconds), Jobs: jobs}, at(seconds))
+	}
+	listed(10)
+	b.wants(t, at(11))
+	listed(70, job)
+	b.wants(t, at(71), "a")
+	// An event is more than that: a listing that was made before it is late.
+	b.Observe(message("a", Ended, 80), at(80))
+	listed(81, job)
+	b.wants(t, at(82))
+}
