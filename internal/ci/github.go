@@ -45,8 +45,9 @@ func github(secret Secret) source {
 // an approval, requested and pending one that waits for others of its run: it is
 // queued when its event says so.
 func githubJob(repository, status string, w *gh.WorkflowJob) (demand.Job, error) {
+	scope := githubScope(repository)
 	j := demand.Job{
-		ID: demand.JobID(fmt.Sprintf("github/%s/%d", repository, w.GetID())), System: demand.GitHub, Scope: repository,
+		ID: demand.JobID(fmt.Sprintf("github/%s/%d", scope, w.GetID())), System: demand.GitHub, Scope: scope,
 		// Which workflow is told by its title alone, not by its file.
 		Key: model.CacheKey("github/" + repository), Labels: w.Labels,
 		QueuedAt: w.GetCreatedAt().Time, Runner: w.GetRunnerName(),
@@ -69,3 +70,7 @@ func githubJob(repository, status string, w *gh.WorkflowJob) (demand.Job, error)
 	j.At = at
 	return j, nil
 }
+
+// githubScope is a repository as jobs are known by it: people write it in another
+// case than GitHub does, which takes both for the same.
+func githubScope(repository string) string { return strings.ToLower(repository) }

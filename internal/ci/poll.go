@@ -2,6 +2,7 @@ package ci
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -53,6 +54,7 @@ type Poller struct {
 	cfg       PollerConfig
 	client    *gh.Client
 	transport *http.Transport
+	next      int // the repository that is asked first
 }
 
 // NewPoller returns a Poller; an error means that the configuration cannot be
@@ -63,9 +65,8 @@ func NewPoller(cfg PollerConfig) (*Poller, error) {
 	}
 	transport := http.DefaultTransport.(*http.Transport).Clone() // always one
 	transport.ResponseHeaderTimeout = answerWithin
-	options := []gh.ClientOptionsFunc{
-		gh.WithTransport(&conditional{token: cfg.Token, next: transport, kept: map[string]answer{}}), gh.WithUserAgent("hearth"),
-	}
+	asking := &conditional{token: cfg.Token, next: transport, kept: map[string]answer{}}
+	options := []gh.ClientOptionsFunc{gh.WithTransport(asking), gh.WithUserAgent("hearth")}
 	if cfg.API != "" {
 		base := strings.TrimSuffix(cfg.API, "/") + "/"
 		options = append(options, gh.WithURLs(&base, nil))
@@ -74,6 +75,7 @@ func NewPoller(cfg PollerConfig) (*Poller, error) {
 	if err != nil {
 		return nil, fmt.Errorf("making a client of GitHub: %w", err)
 	}
+	asking.base = client.BaseURL()
 	return &Poller{cfg: cfg, client: client, transport: transport}, nil
 }
 
@@ -83,25 +85,8 @@ func (p *Poller) Run(ctx context.Context) {
 	defer p.transport.CloseIdleConnections()
 	backoff := p.cfg.Every
 	for {
-		pause, failed := time.Duration(0), 0
-		for _, repository := range p.cfg.Repositories {
-			at := time.Now()
-			jobs, rest, err := p.list(ctx, repository)
-			pause = max(pause, rest)
-			switch {
-			case ctx.Err() != nil:
-				return
-			case err != nil:
-				failed++
-				p.cfg.Logger.Warn("asking GitHub for the jobs of a repository failed; it will be tried again", "repository", repository, "err", err)
-			default:
-				p.cfg.Sink.JobsListed(demand.Listing{System: demand.GitHub, Scope: repository, At: at, Jobs: jobs})
-			}
-			if rest > 0 {
-				break // the others have their turn when there is a limit again
-			}
-		}
-		if failed == len(p.cfg.Repositories) {
+		failed, pause := p.round(ctx)
+		if failed {
 			backoff = min(2*backoff, max(pollMost, p.cfg.Every))
 		} else {
 			backoff = p.cfg.Every
@@ -119,6 +104,32 @@ func (p *Poller) Run(ctx context.Context) {
 	}
 }
 
+// round asks for one repository after the other, until the rate limit wants a
+// pause; the next round then goes on with the others. failed says that none
+// could be read.
+func (p *Poller) round(ctx context.Context) (failed bool, pause time.Duration) {
+	failed = true
+	for range p.cfg.Repositories {
+		repository := p.cfg.Repositories[p.next]
+		at := time.Now()
+		jobs, rest, err := p.list(ctx, repository)
+		if ctx.Err() != nil {
+			return false, 0
+		}
+		p.next = (p.next + 1) % len(p.cfg.Repositories)
+		if err != nil {
+			p.cfg.Logger.Warn("asking GitHub for the jobs of a repository failed; it will be tried again", "repository", repository, "err", err)
+		} else {
+			failed = false
+			p.cfg.Sink.JobsListed(demand.Listing{System: demand.GitHub, Scope: githubScope(repository), At: at, Jobs: jobs})
+		}
+		if rest > 0 {
+			return failed, rest
+		}
+	}
+	return failed, 0
+}
+
 var errTooMany = errors.New("it has too many runs that have not ended")
 
 // list returns the jobs of a repository that have not ended, and for how long to
@@ -128,7 +139,10 @@ func (p *Poller) list(ctx context.Context, repository string) (jobs []demand.Job
 	defer cancel()
 	owner, name, _ := strings.Cut(repository, "/")
 	runs := map[int64]*gh.WorkflowRun{}
-	for _, status := range []string{"queued", "in_progress"} { // in this order: a run goes from one to the other
+	// A run is what its least advanced job is: waiting when one awaits an approval
+	// and others are queued or run, and queued anew when one is queued later. So
+	// that is asked for twice, lest a run is missed that goes there meanwhile.
+	for _, status := range []string{"queued", "in_progress", "waiting", "queued"} {
 		options := &gh.ListWorkflowRunsOptions{Status: status, ExcludePullRequests: true, ListOptions: gh.ListOptions{PerPage: 100}}
 		for range mostPages {
 			found, response, err := p.client.Actions.ListRepositoryWorkflowRuns(ctx, owner, name, options)
@@ -155,9 +169,9 @@ func (p *Poller) list(ctx context.Context, repository string) (jobs []demand.Job
 				return nil, resting(response, err), fmt.Errorf("listing the jobs of run %d: %w", id, err)
 			}
 			for _, w := range found.Jobs {
-				j, err := githubJob(repository, w.GetStatus(), w)
-				if err != nil || j.State == demand.Ended || bounded(&j, time.Now()) != nil {
-					continue
+				j, err := githubJob(cmp.Or(run.GetRepository().GetFullName(), repository), w.GetStatus(), w)
+				if err != nil || j.State == demand.Ended || fits(&j) != nil {
+					continue // however long it has waited: GitHub says that it does
 				}
 				if path, _, _ := strings.Cut(run.GetPath(), "@"); path != "" {
 					j.Key += model.CacheKey("/" + path)
@@ -191,6 +205,7 @@ func resting(r *gh.Response, err error) time.Duration {
 // conditional authenticates requests, and asks only for what has changed.
 type conditional struct {
 	token Secret
+	base  string // who is given the token, and nobody else where an answer leads
 	next  http.RoundTripper
 
 	mu   sync.Mutex
@@ -205,9 +220,12 @@ type answer struct {
 
 // RoundTrip implements http.RoundTripper.
 func (c *conditional) RoundTrip(r *http.Request) (*http.Response, error) {
+	url := r.URL.String()
+	if !strings.HasPrefix(url, c.base) {
+		return c.next.RoundTrip(r)
+	}
 	r = r.Clone(r.Context())
 	r.Header.Set("Authorization", "Bearer "+string(c.token()))
-	url := r.URL.String()
 	c.mu.Lock()
 	known, has := c.kept[url]
 	c.mu.Unlock()

@@ -14,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/hearth-ci/hearth/pkg/demand"
 )
 
@@ -29,13 +31,19 @@ type hub struct {
 	asked  int // requests that counted
 	same   int // that did not
 	tokens map[string]int
+	after  func(*http.Request) // nil, or what happens after an answer
 }
 
 type hubRun struct {
-	ID     int64  `json:"id"`
-	Status string `json:"status"`
-	Path   string `json:"path"`
-	jobs   []hubJob
+	ID         int64         `json:"id"`
+	Status     string        `json:"status"`
+	Path       string        `json:"path"`
+	Repository hubRepository `json:"repository"`
+	jobs       []hubJob
+}
+
+type hubRepository struct {
+	FullName string `json:"full_name,omitempty"`
 }
 
 type hubJob struct {
@@ -51,7 +59,7 @@ func newHub(t *testing.T) *hub {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /repos/{owner}/{name}/actions/runs", func(w http.ResponseWriter, r *http.Request) {
 		var found []*hubRun
-		for _, run := range h.runs[r.PathValue("owner")+"/"+r.PathValue("name")] {
+		for _, run := range h.runs[repositoryOf(r)] {
 			if run.Status == r.URL.Query().Get("status") {
 				found = append(found, run)
 			}
@@ -60,7 +68,7 @@ func newHub(t *testing.T) *hub {
 	})
 	mux.HandleFunc("GET /repos/{owner}/{name}/actions/runs/{run}/jobs", func(w http.ResponseWriter, r *http.Request) {
 		id, _ := strconv.ParseInt(r.PathValue("run"), 10, 64)
-		for _, run := range h.runs[r.PathValue("owner")+"/"+r.PathValue("name")] {
+		for _, run := range h.runs[repositoryOf(r)] {
 			if run.ID == id {
 				page(h, w, r, "jobs", run.jobs)
 				return
@@ -77,9 +85,17 @@ func newHub(t *testing.T) *hub {
 			return
 		}
 		mux.ServeHTTP(w, r)
+		if h.after != nil {
+			h.after(r)
+		}
 	}))
 	t.Cleanup(h.Close)
 	return h
+}
+
+// repositoryOf is the repository asked about, in whatever case.
+func repositoryOf(r *http.Request) string {
+	return strings.ToLower(r.PathValue("owner") + "/" + r.PathValue("name"))
 }
 
 // page answers with a page of a list.
@@ -222,5 +238,105 @@ func TestPollerRuns(t *testing.T) {
 	}
 	if _, err := NewPoller(PollerConfig{}); err == nil {
 		t.Error("an empty configuration was taken")
+	}
+}
+
+// A run's status is that of its least advanced job: it goes back from in progress
+// to queued when a further job is queued, and one with a job that awaits an
+// approval is waiting, whatever its other jobs do.
+func TestPollerFindsRunsThatGoBack(t *testing.T) {
+	h, now := newHub(t), time.Now().UTC().Truncate(time.Second)
+	back := &hubRun{ID: 1, Status: "in_progress", jobs: []hubJob{{ID: 11, Status: "in_progress", CreatedAt: now, Labels: []string{"linux"}}}}
+	approval := &hubRun{ID: 2, Status: "waiting", jobs: []hubJob{
+		{ID: 21, Status: "queued", CreatedAt: now, Labels: []string{"linux"}}, {ID: 22, Status: "waiting", CreatedAt: now, Labels: []string{"linux"}},
+	}}
+	h.runs["acme/shop"] = []*hubRun{back, approval}
+	h.after = func(r *http.Request) {
+		if r.URL.Query().Get("status") == "queued" && back.Status == "in_progress" {
+			back.Status = "queued"
+			back.jobs = append(back.jobs, hubJob{ID: 12, Status: "queued", CreatedAt: now, Labels: []string{"linux"}})
+		}
+	}
+	jobs, _, err := h.poller(t, nobody{}, "acme/shop").list(t.Context(), "acme/shop")
+	found := map[demand.JobID]demand.State{}
+	for _, j := range jobs {
+		found[j.ID] = j.State
+	}
+	if err != nil || len(found) != 3 || found["github/acme/shop/11"] != demand.Running || found["github/acme/shop/12"] != demand.Queued || found["github/acme/shop/21"] != demand.Queued {
+		t.Errorf("found %v, %v", found, err)
+	}
+}
+
+// GitHub does not tell upper from lower case in names: a repository that is
+// configured in another case has the same jobs.
+func TestPollerAndWebhookMeanTheSameJob(t *testing.T) {
+	h := newHub(t)
+	h.runs["acme/shop"] = []*hubRun{{
+		ID: 1, Status: "queued", Path: ".github/workflows/ci.yml", Repository: hubRepository{"acme/shop"},
+		jobs: []hubJob{{ID: 29679449526, Status: "queued", CreatedAt: time.Now(), Labels: []string{"linux"}}},
+	}}
+	jobs, _, err := h.poller(t, nobody{}, "Acme/Shop").list(t.Context(), "Acme/Shop")
+	if err != nil || len(jobs) != 1 {
+		t.Fatalf("%d jobs, %v", len(jobs), err)
+	}
+	d := newDesk(t, nil)
+	d.send(post("github", recorded(t, "github_queued.json"), nil))
+	told := d.taken()[0]
+	if told.ID != jobs[0].ID || told.Scope != jobs[0].Scope || jobs[0].Key != told.Key+"/.github/workflows/ci.yml" {
+		t.Errorf("listed %+v\ntold   %+v", jobs[0], told)
+	}
+}
+
+// A job that GitHub still lists as queued after hours is queued.
+func TestPollerListsWhatHasWaitedLong(t *testing.T) {
+	h := newHub(t)
+	h.runs["acme/shop"] = []*hubRun{{ID: 1, Status: "queued", jobs: []hubJob{{ID: 11, Status: "queued", CreatedAt: time.Now().Add(-3 * time.Hour), Labels: []string{"linux"}}}}}
+	if jobs, _, err := h.poller(t, nobody{}, "acme/shop").list(t.Context(), "acme/shop"); err != nil || len(jobs) != 1 {
+		t.Errorf("%d jobs, %v", len(jobs), err)
+	}
+}
+
+// The token goes to GitHub alone, wherever an answer leads.
+func TestTokenIsNotGivenAway(t *testing.T) {
+	given := make(chan string, 10)
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		given <- r.Header.Get("Authorization")
+		http.NotFound(w, r)
+	}))
+	defer other.Close()
+	h := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		http.Redirect(w, r, other.URL+r.URL.Path, http.StatusMovedPermanently)
+	}))
+	defer h.Close()
+	p := (&hub{Server: h}).poller(t, nobody{}, "acme/shop")
+	if _, _, err := p.list(t.Context(), "acme/shop"); err == nil {
+		t.Error("it was listed")
+	}
+	close(given)
+	for g := range given {
+		if g != "" {
+			t.Errorf("another host was given %q", g)
+		}
+	}
+}
+
+// When the limit is used up before every repository was asked, the next round
+// goes on where this one ended.
+func TestPollerGoesOnWhereItEnded(t *testing.T) {
+	h := newHub(t)
+	h.left = 100 // a pause after every repository
+	d := newDesk(t, nil)
+	p := h.poller(t, d, "acme/a", "acme/b", "acme/c")
+	for range 4 {
+		if failed, pause := p.round(t.Context()); failed || pause == 0 {
+			t.Fatalf("failed %v, pauses for %s", failed, pause)
+		}
+	}
+	var order []string
+	for _, l := range d.listing {
+		order = append(order, l.Scope)
+	}
+	if diff := cmp.Diff([]string{"acme/a", "acme/b", "acme/c", "acme/a"}, order); diff != "" {
+		t.Error(diff)
 	}
 }

@@ -199,13 +199,8 @@ func refusal(err error) (code int, result, text string) {
 // bounded refuses what would not fit, and what is too old to matter: a message
 // that somebody has kept does not queue its job again.
 func bounded(j *demand.Job, now time.Time) error {
-	if len(j.Labels) > maxLabels || !named(j.Scope) || !named(string(j.ID)) || len(j.Runner) > maxName || len(j.Key) > maxName {
-		return errMalformed
-	}
-	for _, l := range j.Labels {
-		if !named(l) {
-			return errMalformed
-		}
+	if err := fits(j); err != nil {
+		return err
 	}
 	for _, at := range []time.Time{j.At, j.QueuedAt} {
 		if at.After(now.Add(skew)) {
@@ -214,6 +209,19 @@ func bounded(j *demand.Job, now time.Time) error {
 	}
 	if j.State == demand.Queued && !j.QueuedAt.IsZero() && now.Sub(j.QueuedAt) > demand.QueuedFor {
 		return errStale
+	}
+	return nil
+}
+
+// fits refuses names that are nobody's.
+func fits(j *demand.Job) error {
+	if len(j.Labels) > maxLabels || !named(j.Scope) || !named(string(j.ID)) || len(j.Runner) > maxName || len(j.Key) > maxName {
+		return errMalformed
+	}
+	for _, l := range j.Labels {
+		if !named(l) {
+			return errMalformed
+		}
 	}
 	return nil
 }
