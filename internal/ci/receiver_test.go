@@ -339,8 +339,8 @@ func TestSecretFile(t *testing.T) {
 	}
 }
 
-// load posts at a rate for a while over real HTTP and returns how long answers
-// took, and how often each code was given.
+// load posts at a rate for a while over real HTTP and returns how long after they
+// were due answers came, and how often each code was given.
 func load(tb testing.TB, handler http.Handler, rate int, span time.Duration, next func(i int) *http.Request) (took []time.Duration, codes map[int]int) {
 	tb.Helper()
 	listener, err := (&net.ListenConfig{}).Listen(tb.Context(), "tcp", "127.0.0.1:0")
@@ -356,8 +356,10 @@ func load(tb testing.TB, handler http.Handler, rate int, span time.Duration, nex
 	codes = map[int]int{}
 	var mu sync.Mutex
 	var wg sync.WaitGroup
+	start := time.Now()
 	for i := range int(span.Seconds() * float64(rate)) {
-		due := time.Now()
+		due := start.Add(time.Duration(i) * time.Second / time.Duration(rate))
+		time.Sleep(time.Until(due)) // the rate is the test
 		r := next(i)
 		r.RequestURI, r.URL.Scheme, r.URL.Host = "", "http", listener.Addr().String()
 		wg.Go(func() {
@@ -372,7 +374,6 @@ func load(tb testing.TB, handler http.Handler, rate int, span time.Duration, nex
 			defer mu.Unlock()
 			took, codes[response.StatusCode] = append(took, time.Since(due)), codes[response.StatusCode]+1
 		})
-		time.Sleep(time.Until(due.Add(time.Second / time.Duration(rate)))) // the rate is the test
 	}
 	wg.Wait()
 	slices.Sort(took)
