@@ -75,6 +75,33 @@ func good(more ...string) []string {
 	return append(args, more...)
 }
 
+// TestUpgradeRestarts: pods are replaced when something changes that Hearth
+// reads once, and not for node groups.
+func TestUpgradeRestarts(t *testing.T) {
+	note := func(values ...string) string {
+		t.Helper()
+		out, err := helm(t, good(values...)...)
+		if err != nil {
+			t.Fatal(out)
+		}
+		_, after, found := strings.Cut(out, "hearth.dev/config:")
+		if !found {
+			t.Fatal("no note of the config")
+		}
+		line, _, _ := strings.Cut(after, "\n")
+		return line
+	}
+	before := note()
+	if note("--set-json", `config.nodeGroups=[{"id":"runners"}]`) != before {
+		t.Error("pods are replaced for a node group")
+	}
+	for _, change := range []string{"config.engines.metricsPort=9091", "placement.enabled=true"} {
+		if note("--set", change) == before {
+			t.Errorf("pods stay with %s", change)
+		}
+	}
+}
+
 func TestLint(t *testing.T) {
 	if out, err := helm(t, "lint", "--strict", "hearth"); err == nil {
 		t.Errorf("linted without values: %s", out)

@@ -28,6 +28,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
@@ -43,9 +44,11 @@ import (
 )
 
 const (
-	// fullEvery is the time between two reads of all groups. In between only
-	// those are read in which something is under way.
+	// fullEvery is the time between two reads of all groups, and up to jitter
+	// more, so that clusters of one account do not ask at the same time. In
+	// between only those are read in which something is under way.
 	fullEvery = time.Minute
+	jitter    = 3 * time.Second
 	// fresh is the age up to which a reading serves an act as a new one would:
 	// AWS reads are eventually consistent anyway.
 	fresh = 2 * time.Second
@@ -185,7 +188,14 @@ func (b *Backend) Snapshot(ctx context.Context) (model.Snapshot, error) {
 			names = append(names, string(id))
 		}
 	}
+	first := b.fullAt.IsZero()
 	b.mu.Unlock()
+	if full && !first {
+		if err := pause(ctx, rand.N(jitter)); err != nil {
+			return model.Snapshot{}, err
+		}
+		now = b.cfg.Now()
+	}
 	out := model.Snapshot{Groups: map[model.GroupID]model.GroupSnapshot{}, Errors: map[model.GroupID]error{}}
 	var read []astypes.AutoScalingGroup
 	var err error
@@ -209,6 +219,18 @@ func (b *Backend) Snapshot(ctx context.Context) (model.Snapshot, error) {
 	}
 	b.observe(ctx, read, now, &out)
 	return out, nil
+}
+
+// pause waits, or returns why ctx ended first.
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
 }
 
 // busy says whether the group is expected to change.

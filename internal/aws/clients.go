@@ -12,6 +12,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/autoscaling"
 	"github.com/aws/aws-sdk-go-v2/service/ec2"
 	"github.com/aws/aws-sdk-go-v2/service/eks"
+	"github.com/aws/smithy-go/middleware"
+	"golang.org/x/time/rate"
 )
 
 // AutoScaling are the calls of EC2 Auto Scaling that the backend makes. Those
@@ -54,8 +56,25 @@ type Clients struct {
 	EKS         *eks.Client
 }
 
-// attemptTimeout bounds one attempt of a call.
-const attemptTimeout = 10 * time.Second
+const (
+	// attemptTimeout bounds one attempt of a call.
+	attemptTimeout = 10 * time.Second
+	// pace is how many requests a second are made at most, burst how many at
+	// once: AWS's limits are an account's and region's, and others use them too.
+	// A storm of 300 groups stays far below.
+	pace, burst = 10, 100
+)
+
+// paced keeps requests to a rate, repeated ones too.
+func paced(limit *rate.Limiter) func(*middleware.Stack) error {
+	wait := middleware.FinalizeMiddlewareFunc("pace", func(ctx context.Context, in middleware.FinalizeInput, next middleware.FinalizeHandler) (middleware.FinalizeOutput, middleware.Metadata, error) {
+		if err := limit.Wait(ctx); err != nil {
+			return middleware.FinalizeOutput{}, middleware.Metadata{}, fmt.Errorf("waiting for a turn to ask AWS: %w", err)
+		}
+		return next.HandleFinalize(ctx, in)
+	})
+	return func(stack *middleware.Stack) error { return stack.Finalize.Insert(wait, "Retry", middleware.After) }
+}
 
 // Connect makes clients with the SDK's own search for credentials and region.
 // An empty region or endpoint is the SDK's (AWS_REGION, AWS_ENDPOINT_URL). It
@@ -63,6 +82,7 @@ const attemptTimeout = 10 * time.Second
 func Connect(ctx context.Context, region, endpoint string) (Clients, error) {
 	options := []func(*config.LoadOptions) error{
 		config.WithHTTPClient(awshttp.NewBuildableClient().WithTimeout(attemptTimeout)),
+		config.WithAPIOptions([]func(*middleware.Stack) error{paced(rate.NewLimiter(pace, burst))}),
 	}
 	if region != "" {
 		options = append(options, config.WithRegion(region))

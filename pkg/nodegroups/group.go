@@ -688,8 +688,11 @@ func (g *Group) increaseSize(e IncreaseSize, now time.Time, out *Outcome) error 
 	}
 	left := e.Delta
 	// Hidden nodes on their way: registered ones first, then instances, then
-	// the unborn. Never Ready ones: CA sees those as capacity already.
-	left -= g.revealMembers(left, out, func(id model.InstanceID) bool { return !g.nodes[id].Ready && g.nodes[id].Name != "" })
+	// the unborn. Never those that were Ready when its loop began: CA sees them
+	// as capacity already. One that has become so since it does not.
+	left -= g.revealMembers(left, out, func(id model.InstanceID) bool {
+		return g.nodes[id].Name != "" && (!g.nodes[id].Ready || g.members[id].readySince.IsZero())
+	})
 	left -= g.revealMembers(left, out, func(id model.InstanceID) bool { return g.nodes[id].Name == "" })
 	_, hidden := g.Unborn()
 	for range min(left, hidden) {
