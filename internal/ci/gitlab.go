@@ -131,7 +131,7 @@ func fresh(text string, now time.Time) error {
 		return errForeign
 	}
 	if age := now.Sub(time.Unix(seconds, 0)); age > skew || age < -skew {
-		return errStale
+		return errClock
 	}
 	return nil
 }

@@ -20,11 +20,12 @@ import (
 
 const (
 	// maxBody is far more than a message about a job takes: some 30 kB.
-	maxBody = 1 << 20
+	maxBody = 256 << 10
 	// readWithin bounds how long a body may take, atOnce how many are read at
-	// the same time; whoever comes then is told to come again.
+	// the same time; whoever comes then is told to come again. Who a body is from
+	// is known only once it has been read, so that there are places for many.
 	readWithin = 5 * time.Second
-	atOnce     = 64
+	atOnce     = 256
 	// skew is how far a sender's clock may be away from ours.
 	skew = 5 * time.Minute
 	// remembered is how many deliveries are known again.
@@ -93,6 +94,7 @@ var (
 	errIgnored   = errors.New("not about a job that is queued, runs or has ended")
 	errForeign   = errors.New("the signature or token is missing or wrong")
 	errStale     = errors.New("the message is too old, or from the future")
+	errClock     = errors.New("the time that is signed is more than five minutes off")
 	errMalformed = errors.New("the message cannot be read")
 )
 
@@ -189,6 +191,8 @@ func refusal(err error) (code int, result, text string) {
 		return http.StatusOK, "ignored", err.Error()
 	case errors.Is(err, errForeign):
 		return http.StatusUnauthorized, "unauthorized", errForeign.Error()
+	case errors.Is(err, errClock): // a replay, or a clock to mend: its sender should show it
+		return http.StatusUnauthorized, "stale", err.Error()
 	case errors.Is(err, errStale):
 		return http.StatusOK, "stale", err.Error() // to send it again would not help
 	default:

@@ -239,7 +239,7 @@ func TestRefusals(t *testing.T) {
 		{"an old GitLab signature", "gitlab", lab, func(h http.Header) {
 			h.Set("webhook-timestamp", old)
 			h.Set("webhook-signature", "v1,"+base64.StdEncoding.EncodeToString(mac("signing key", "msg_1.", old, ".", lab)))
-		}, 200, "stale"},
+		}, 401, "stale"},
 		{"another hook", "gitlab", lab, set("X-Gitlab-Event", "Push Hook"), 200, "ignored"},
 		{"a job that is only created", "gitlab", edit(lab, `"pending"`, `"created"`), nil, 200, "ignored"},
 		{"a time that is none", "gitlab", edit(lab, `"2026-01-05 07:59:00 UTC"`, `"yesterday"`), nil, 400, "malformed"},
@@ -251,7 +251,7 @@ func TestRefusals(t *testing.T) {
 			h.Set("X-Buildkite-Signature", "timestamp=1,signature=00")
 			h.Set("X-Buildkite-Token", secretText)
 		}, 401, "unauthorized"},
-		{"an old Buildkite signature", "buildkite", kite, set("X-Buildkite-Signature", "timestamp="+old+",signature="+hex.EncodeToString(mac(secretText, old, ".", kite))), 200, "stale"},
+		{"an old Buildkite signature", "buildkite", kite, set("X-Buildkite-Signature", "timestamp="+old+",signature="+hex.EncodeToString(mac(secretText, old, ".", kite))), 401, "stale"},
 		{"a build event", "buildkite", edit(kite, "job.scheduled", "build.scheduled"), nil, 200, "ignored"},
 		{"a manual step", "buildkite", edit(kite, `"type": "script"`, `"type": "manual"`), nil, 200, "ignored"},
 		{"null", "buildkite", "null", nil, 400, "malformed"},
