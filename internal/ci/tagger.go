@@ -50,7 +50,12 @@ func NewTagger(cfg TaggerConfig) (*Tagger, error) {
 	}
 	transport := http.DefaultTransport.(*http.Transport).Clone() // always one
 	transport.ResponseHeaderTimeout = answerWithin
-	return &Tagger{cfg: cfg, client: &http.Client{Transport: transport}, jobs: make(chan demand.Job, mostUntagged)}, nil
+	client := &http.Client{
+		Transport: transport,
+		// Go would take our header along to wherever an answer leads, token and all.
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	return &Tagger{cfg: cfg, client: client, jobs: make(chan demand.Job, mostUntagged)}, nil
 }
 
 // Tag takes a job without tags. It returns false when too many wait, and never

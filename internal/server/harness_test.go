@@ -61,8 +61,9 @@ func serial(t testing.TB) *big.Int {
 	return n
 }
 
-// issue returns a certificate for 127.0.0.1 and its key, as PEM.
-func (a *authority) issue(t testing.TB) (certPEM, keyPEM []byte) {
+// issue returns a certificate for 127.0.0.1 and its key, as PEM; change may spoil
+// the certificate before it is signed.
+func (a *authority) issue(t testing.TB, change ...func(*x509.Certificate)) (certPEM, keyPEM []byte) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	must(t, err)
@@ -71,6 +72,9 @@ func (a *authority) issue(t testing.TB) (certPEM, keyPEM []byte) {
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
 		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	for _, f := range change {
+		f(template)
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
 	must(t, err)

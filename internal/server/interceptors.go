@@ -15,8 +15,10 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/stats"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
+	"github.com/hearth-ci/hearth/protos/expander"
 	pb "github.com/hearth-ci/hearth/protos/externalgrpc"
 )
 
@@ -135,6 +137,27 @@ func admit(reader Reader, forgetter Forgetter) grpc.UnaryServerInterceptor {
 			}
 		}
 		return handler(ctx, req)
+	}
+}
+
+// inTurn lets a few of the expander's requests in at a time, over all
+// connections, and refuses others before anything of their messages is read:
+// whoever reaches the port may send some. One that takes too long, as when its
+// message trickles in, is ended.
+func inTurn(atOnce int, within time.Duration) tap.ServerInHandle {
+	turns := make(chan struct{}, atOnce)
+	return func(ctx context.Context, info *tap.Info) (context.Context, error) {
+		if info.FullMethodName != expander.Expander_BestOptions_FullMethodName {
+			return ctx, nil
+		}
+		select {
+		case turns <- struct{}{}:
+		default:
+			return nil, status.Errorf(codes.ResourceExhausted, "%d requests are being answered already", atOnce)
+		}
+		ctx, cancel := context.WithTimeout(ctx, within)
+		context.AfterFunc(ctx, func() { cancel(); <-turns }) // it ends with its stream, if not before
+		return ctx, nil
 	}
 }
 

@@ -37,10 +37,19 @@ const (
 	// maxStreams bounds the requests of one connection; CA makes them one
 	// after the other.
 	maxStreams = 128
-	// The expander's client shows no certificate and its messages are large:
-	// so few of either. CA makes one request at a time on one connection.
+	// maxHeaders bounds what comes before a message; CA sends some 200 bytes.
+	maxHeaders = 16 << 10
+	// maxConnections bounds connections to CloudProvider, also those that have
+	// shown no certificate yet: they have ten seconds for it. CA has one.
+	maxConnections = 256
+	// The expander's client shows no certificate and its messages are large: so
+	// few of either. CA makes one request at a time on one connection; of all
+	// clients together offersAtOnce are received and ranked at a time, within
+	// offerWithin each. CA gives up after five seconds.
 	maxExpanderStreams     = 2
 	maxExpanderConnections = 16
+	offersAtOnce           = 2
+	offerWithin            = 10 * time.Second
 	// stopWithin is how long requests may take after the server was told to
 	// stop.
 	stopWithin = 10 * time.Second
@@ -125,7 +134,9 @@ func New(c Config) (*Server, error) {
 		grpc.StatsHandler(tagConnections{}),
 		grpc.ChainUnaryInterceptor(admit(c.Reader, c.Writer)),
 	})...)
-	s.expander = grpc.NewServer(slices.Concat(serverOnly, limits(maxExpanderMessage, maxExpanderStreams), around)...)
+	s.expander = grpc.NewServer(slices.Concat(serverOnly, limits(maxExpanderMessage, maxExpanderStreams), around, []grpc.ServerOption{
+		grpc.InTapHandle(inTurn(offersAtOnce, offerWithin)),
+	})...)
 
 	register(s.cloud, externalgrpc.CloudProvider_ServiceDesc, &cloudProvider{reader: c.Reader, writer: c.Writer, log: c.Logger})
 	register(s.expander, expander.Expander_ServiceDesc, &expanderServer{reader: c.Reader, ranker: c.Ranker})
@@ -144,6 +155,7 @@ func limits(message int, streams uint32) []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.ForceServerCodecV2(newCodec()),
 		grpc.MaxRecvMsgSize(message),
+		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.MaxConcurrentStreams(streams),
 		grpc.ConnectionTimeout(10 * time.Second),
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
@@ -167,7 +179,10 @@ func (s *Server) SetServing(serving bool) {
 // finish for a few seconds, and returns nil. Call it once.
 func (s *Server) Run(ctx context.Context) error {
 	group, ctx := errgroup.WithContext(ctx)
-	for listener, server := range map[net.Listener]*grpc.Server{s.config.Listener: s.cloud, netutil.LimitListener(s.config.ExpanderListener, maxExpanderConnections): s.expander} {
+	for listener, server := range map[net.Listener]*grpc.Server{
+		netutil.LimitListener(s.config.Listener, maxConnections):                 s.cloud,
+		netutil.LimitListener(s.config.ExpanderListener, maxExpanderConnections): s.expander,
+	} {
 		group.Go(func() error {
 			// Stopped before it began is no failure.
 			if err := server.Serve(listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
