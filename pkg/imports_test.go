@@ -26,7 +26,7 @@ func ranks() map[string]int {
 
 // forTests are the modules that tests of pure packages may import.
 func forTests() []string {
-	return []string{"github.com/cockroachdb/datadriven", "github.com/google/go-cmp", "golang.org/x/net/html", "pgregory.net/rapid"}
+	return []string{"github.com/cockroachdb/datadriven", "github.com/google/go-cmp", "go.uber.org/goleak", "golang.org/x/net/html", "pgregory.net/rapid"}
 }
 
 // Decisions return their reasons, and get what they need as arguments: no
