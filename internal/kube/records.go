@@ -49,8 +49,9 @@ func groupStatus(r nodegroups.Record, s model.GroupSummary) v1alpha1.RunnerNodeG
 }
 
 func recordFrom(s v1alpha1.RunnerNodeGroupStatus) nodegroups.Record {
+	const most = 1 << 20 // nodes; what a person spoiled must not overflow
 	r := nodegroups.Record{
-		Sequence: s.Sequence, Target: s.Target, Hidden: s.Hidden,
+		Sequence: s.Sequence, Target: min(max(s.Target, 0), most), Hidden: min(max(s.Hidden, 0), most),
 		Intents: make(map[model.InstanceID]nodegroups.Intent, len(s.Intents)),
 	}
 	for _, i := range s.Intents {

@@ -30,6 +30,8 @@ type Config struct {
 	Autoscaler string
 	Logger     *slog.Logger
 	Progress   func(string)
+	// Audit has every request of Hearth's to the API server logged.
+	Audit bool
 }
 
 // Playground is a running control plane with everything that a provider and an
@@ -42,6 +44,7 @@ type Playground struct {
 
 	cfg      Config
 	dir      string
+	token    string
 	provider *Forwarder
 	expander *Forwarder
 
@@ -66,7 +69,11 @@ func (p *Playground) start(ctx context.Context) (err error) {
 	if p.Authority, err = NewAuthority(p.dir); err != nil {
 		return err
 	}
-	if p.Cluster, err = localcluster.Start(ctx, localcluster.Config{Logger: p.cfg.Logger, Progress: p.cfg.Progress}); err != nil {
+	cluster := localcluster.Config{Logger: p.cfg.Logger, Progress: p.cfg.Progress}
+	if p.cfg.Audit {
+		cluster.AuditUser = "system:serviceaccount:" + deploy.Namespace + ":" + deploy.ServiceAccount
+	}
+	if p.Cluster, err = localcluster.Start(ctx, cluster); err != nil {
 		return err
 	}
 	admin := p.Cluster.AdminConfig()
@@ -85,6 +92,7 @@ func (p *Playground) start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	p.token = account.BearerToken
 	if err = p.Cluster.WriteKubeconfig(p.kubeconfig(), account); err != nil {
 		return err
 	}
@@ -107,6 +115,9 @@ func (p *Playground) ProviderAddress() string { return p.provider.Address() }
 // DropConnections silently drops the packets of every connection between
 // autoscaler and provider that exists now.
 func (p *Playground) DropConnections() { p.provider.Silence() }
+
+// Token is what Hearth shows to the API server.
+func (p *Playground) Token() string { return p.token }
 
 // Dir is the playground's folder; it is removed by Stop.
 func (p *Playground) Dir() string { return p.dir }

@@ -20,7 +20,7 @@ import (
 	"github.com/hearth-ci/hearth/internal/playground"
 )
 
-const webhookSecret = "e2e webhook secret"
+const webhookSecret = canary + "-webhook"
 
 // hub sends GitHub's webhooks to a provider.
 type hub struct {

@@ -44,7 +44,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
 		os.Exit(1)
 	}
-	for name, value := range map[string]string{"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"} {
+	for name, value := range map[string]string{"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": canary + "-aws", "AWS_EC2_METADATA_DISABLED": "true"} {
 		if err := os.Setenv(name, value); err != nil {
 			fmt.Fprintln(os.Stderr, "e2e:", err)
 			os.Exit(1)
@@ -62,6 +62,12 @@ func TestMain(m *testing.M) {
 		os.Exit(1)
 	}
 	code := m.Run()
+	if code == 0 && everything() {
+		if err := unusedRights(); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e:", err)
+			code = 1
+		}
+	}
 	if code == 0 {
 		if err := goleak.Find(); err != nil {
 			fmt.Fprintln(os.Stderr, "e2e:", err)
@@ -104,7 +110,7 @@ func newGroundOn(t *testing.T, aws bool) *ground {
 	t.Parallel()
 	ctx, cancel := context.WithCancel(context.Background())
 	p, err := playground.Start(ctx, playground.Config{
-		Hearth: hearth, Autoscaler: os.Getenv("CLUSTER_AUTOSCALER"),
+		Hearth: hearth, Autoscaler: os.Getenv("CLUSTER_AUTOSCALER"), Audit: true,
 		Logger: slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn})),
 	})
 	if err != nil {
@@ -119,6 +125,8 @@ func newGroundOn(t *testing.T, aws bool) *ground {
 	t.Cleanup(func() {
 		cancel()
 		wg.Wait()
+		g.checkAccess()
+		g.checkSecrets()
 		if t.Failed() {
 			g.dump()
 		}

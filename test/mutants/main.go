@@ -40,6 +40,7 @@ func run(ctx context.Context, names []string) (survivors int, err error) {
 		return 0, err
 	}
 	defer os.RemoveAll(dir)
+	var broken []error
 	tried := 0
 	for _, m := range mutants() {
 		if len(names) > 0 && !slices.ContainsFunc(names, func(n string) bool { return strings.Contains(m.Name, n) }) {
@@ -49,7 +50,8 @@ func run(ctx context.Context, names []string) (survivors int, err error) {
 		began := time.Now()
 		noticed, by, err := m.try(ctx, dir)
 		if err != nil {
-			return survivors, fmt.Errorf("%s: %w", m.Name, err)
+			broken = append(broken, fmt.Errorf("%s: %w", m.Name, err))
+			continue
 		}
 		word := "killed"
 		if !noticed {
@@ -58,8 +60,8 @@ func run(ctx context.Context, names []string) (survivors int, err error) {
 		}
 		fmt.Printf("%-8s %-55s %5.1f s  %s\n", word, m.Name, time.Since(began).Seconds(), by)
 	}
-	fmt.Printf("%d of %d killed\n", tried-survivors, tried)
-	return survivors, nil
+	fmt.Printf("%d of %d killed\n", tried-survivors-len(broken), tried)
+	return survivors, errors.Join(broken...)
 }
 
 // changed returns the mutant's file as it would be. An error means that the

@@ -70,7 +70,7 @@ func mutants() []mutant {
 		},
 		{
 			"forget hidden nodes in the cloud's number", effects,
-			"Desired: seen + revealed + hidden}", "Desired: seen + revealed}", inGroups,
+			"Desired: seen + revealed + hidden}", "Desired: seen + revealed + 0*hidden}", inGroups,
 		},
 		{
 			"resize beside another call", effects,
