@@ -142,6 +142,36 @@ func BenchmarkOwner(b *testing.B) {
 	}
 }
 
+// BenchmarkGrowth measures the whole fleet's steps with 300 groups as their nodes
+// become more: a node should cost no more in a large fleet.
+func BenchmarkGrowth(b *testing.B) {
+	const groups = 300
+	for _, each := range []int{4, 17, 68} {
+		o, r, end := largeFleet(b, groups, each)
+		for name, step := range map[string]func(){
+			"tick":     o.advance,
+			"plan":     func() { o.plan(); o.advance() },
+			"snapshot": func() { r.at = time.Now(); o.read(r); o.advance() },
+			"refresh": func() {
+				for _, g := range o.fleet {
+					o.apply(g, nodegroups.Refresh{})
+				}
+				o.publish()
+				o.advance()
+			},
+		} {
+			b.Run(fmt.Sprintf("%s/%d", name, groups*each), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					step()
+				}
+				b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*groups*each), "ns/node")
+			})
+		}
+		end()
+	}
+}
+
 // BenchmarkMemory measures what 1,000 nodes keep in memory: the groups and
 // views alone, and everything that the owner holds.
 func BenchmarkMemory(b *testing.B) {
