@@ -8,6 +8,7 @@ SHELL := /bin/bash
 
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 10s
+MINUTES ?= 30
 VULNDB ?= https://vuln.go.dev
 # The path of a real cluster-autoscaler makes e2e run against it too.
 export CLUSTER_AUTOSCALER := $(abspath $(CLUSTER_AUTOSCALER))
@@ -118,6 +119,10 @@ e2e: cluster build ## Run the tests that start a control plane (and CLUSTER_AUTO
 test: ## Run all tests, as CI does
 	$(MAKE) --no-print-directory race
 	$(MAKE) --no-print-directory e2e
+
+.PHONY: scale
+scale: cluster build ## 300 groups, 5,000 nodes, 20,000 jobs an hour, for MINUTES (30)
+	go run ./test/scale -for '$(MINUTES)m'
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME (10s)

@@ -129,3 +129,26 @@ func TestCalls(t *testing.T) {
 		a.report("one removal of 200", inTree{refreshes: 200, terminates: 200}.total(manyGroups))
 	})
 }
+
+// TestCallsThatMayHaveBeenDoneAreMadeOnce: those that change a number are not
+// sent again by the SDK when their answer is lost: twice would be two instances.
+func TestCallsThatMayHaveBeenDoneAreMadeOnce(t *testing.T) {
+	in(t, nil, func(a *account) {
+		a.add(awsfake.Group{Name: "g", Desired: 3})
+		a.pass(time.Minute)
+		a.discover()
+		a.snapshot()
+		a.ResetCounts()
+		a.SetFault(func(c awsfake.Call) awsfake.Fault {
+			if c.Operation == "TerminateInstanceInAutoScalingGroup" {
+				return awsfake.ErrorAfter
+			}
+			return awsfake.None
+		})
+		id := a.ids("g")[0]
+		_ = a.Backend.Terminate(context.Background(), "g", []model.InstanceID{id})
+		if n := a.Count("TerminateInstanceInAutoScalingGroup"); n != 1 {
+			t.Errorf("sent %d times, want once", n)
+		}
+	})
+}

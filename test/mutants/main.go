@@ -3,6 +3,8 @@
 // survives, and wants a test. It changes no file of the repository: the compiler
 // is given the changed one in place of it (go help build, -overlay).
 //
+// The tests must pass without a defect, or nothing is shown: run `make race`.
+//
 // Arguments are texts: only defects with one of them in their name are tried.
 package main
 

@@ -78,7 +78,7 @@ func mutants() []mutant {
 		},
 		{
 			"forget that a node was deleted already", groups,
-			"		case dead || g.leaving(id):", "		case g.leaving(id):", inGroups,
+			"		case dead || g.leaving(id):", "		case dead && false || g.leaving(id):", inGroups,
 		},
 		{
 			"answer before it is recorded", writes,
@@ -108,7 +108,7 @@ func mutants() []mutant {
 		},
 		{
 			"take a person's annotation for ours", nodes,
-			"	case has && !ours: // a person's own", "	case false:", []string{"./internal/kube"},
+			"	case has && !ours: // a person's own", "	case has && false:", []string{"./internal/kube"},
 		},
 		{
 			"drop the leader check", admission,
