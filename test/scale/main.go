@@ -39,8 +39,9 @@ func main() {
 	flag.IntVar(&r.jobs, "jobs", 20000, "CI jobs an hour")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
-	defer stop()
-	if err := r.run(ctx); err != nil {
+	err := r.run(ctx)
+	stop()
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "scale:", err)
 		os.Exit(1)
 	}
@@ -142,7 +143,7 @@ func (r *run) observe(ctx context.Context) error {
 	began, loops := time.Now(), []time.Duration{}
 	ticker := time.NewTicker(10 * time.Second)
 	defer ticker.Stop()
-	lastLine, lastCPU, lastWrites, listed := began, 0.0, 0, 0
+	lastLine, lastCPU, lastWrites := began, 0.0, 0
 	for {
 		select {
 		case <-ctx.Done():
@@ -150,7 +151,8 @@ func (r *run) observe(ctx context.Context) error {
 		case <-ticker.C:
 		}
 		loop := time.Now()
-		if listed, err = r.loop(ctx, ca); err != nil {
+		listed, err := r.loop(ctx, ca)
+		if err != nil {
 			if ctx.Err() != nil {
 				return nil
 			}
@@ -228,7 +230,7 @@ func (r *run) countWrites() error {
 	for {
 		line, err := lines.ReadBytes('\n')
 		if err != nil {
-			return nil //nolint:nilerr // the rest is not written yet
+			return nil // the rest is not written yet
 		}
 		r.read += int64(len(line))
 		var e struct{ Verb string }
