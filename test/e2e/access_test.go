@@ -124,9 +124,10 @@ func everything() bool {
 // elsewhere are rights that no test here can use: why not.
 func elsewhere() map[string]string {
 	return map[string]string{
-		"ephemeralrunners.actions.github.com": "its kind is not installed here; internal/kube reads it from a fake",
-		"Role hearth: patch pods":             "the ClusterRole grants it already, so that the authorizer never gets to it",
-		"Role hearth-kwok":                    "the Role hearth grants the same, so that the authorizer may not get to it",
+		"ephemeralrunners.actions.github.com":   "its kind is not installed here; internal/kube reads it from a fake",
+		"Role hearth: patch pods":               "the ClusterRole grants it already, so that the authorizer never gets to it",
+		"Role hearth-placement: update secrets": "a certificate is renewed after months; internal/placement does it in virtual time",
+		"Role hearth-kwok":                      "the Role hearth grants the same, so that the authorizer may not get to it",
 	}
 }
 
