@@ -44,10 +44,15 @@ func TestCheck(t *testing.T) {
 		a.add(awsfake.Group{Name: "store", Tags: runner, LaunchConfig: "m5d.large"})
 		a.add(awsfake.Group{Name: "refreshed", Tags: runner, Refreshed: []string{"Wait", "Wait"}})
 		a.add(awsfake.Group{Name: "refreshed well", Tags: runner, Refreshed: []string{"Ignore", "Terminate"}})
+		a.AddSubnet("subnet-1", 1)
+		a.AddSubnet("subnet-2", 2)
+		a.add(awsfake.Group{Name: "crowded", Max: 5, Desired: 1, Subnets: []string{"subnet-1", "subnet-2"}})
+		a.add(awsfake.Group{Name: "roomy", Max: 4, Desired: 1, Subnets: []string{"subnet-1", "subnet-2"}})
+		a.add(awsfake.Group{Name: "lost subnet", Subnets: []string{"subnet-3"}})
 		a.pass(time.Minute)
 		before := a.All()
 		groups, findings := a.Check(context.Background())
-		if len(groups) != 10 {
+		if len(groups) != 13 {
 			t.Errorf("%d groups: %v", len(groups), groups)
 		}
 		for _, want := range []struct {
@@ -65,12 +70,14 @@ func TestCheck(t *testing.T) {
 			{"store", false, "instance store"},
 			{"refreshed", false, "ScaleInProtectedInstances"},
 			{"refreshed", false, "StandbyInstances"},
+			{"crowded", false, "3 free addresses, and it may launch 4 more"},
+			{"lost subnet", true, "its subnets cannot be read"},
 		} {
 			if !said(findings, want.group, want.bad, want.text) {
 				t.Errorf("nothing is said of %+v", want)
 			}
 		}
-		if len(findings) != 10 {
+		if len(findings) != 12 {
 			t.Errorf("findings: %+v", findings)
 		}
 		if !reflect.DeepEqual(before, a.All()) {
@@ -85,7 +92,7 @@ func TestCheck(t *testing.T) {
 				return awsfake.None
 			})
 			_, findings := a.Check(context.Background())
-			if !said(findings, "", true, action+" is not permitted") || len(findings) != 11 {
+			if !said(findings, "", true, action+" is not permitted") || len(findings) != 13 {
 				t.Errorf("without %s: %+v", action, findings)
 			}
 		}
