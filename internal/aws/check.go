@@ -83,6 +83,9 @@ func (b *Backend) checkGroup(ctx context.Context, asg astypes.AutoScalingGroup, 
 	if rebalances {
 		tell(false, "its process AZRebalance is not suspended: it launches instances that nobody asked for; those of runner groups are protected from being ended by it")
 	}
+	if said := b.templates.assumed[g.ID]; said != "" {
+		tell(false, "%s", said)
+	}
 	out = append(out, b.checkRoom(ctx, asg)...)
 	runner, parks := g.Annotations[model.Prefix+"/role"] == "runner", g.Annotations[model.Prefix+"/park"] == "stop"
 	if !runner {
