@@ -83,6 +83,10 @@ func (b *Backend) checkGroup(ctx context.Context, asg astypes.AutoScalingGroup, 
 	if rebalances {
 		tell(false, "its process AZRebalance is not suspended: it launches instances that nobody asked for; those of runner groups are protected from being ended by it")
 	}
+	if said := b.templates.assumed[g.ID]; said != "" {
+		tell(false, "%s", said)
+	}
+	out = append(out, b.checkRoom(ctx, asg)...)
 	runner, parks := g.Annotations[model.Prefix+"/role"] == "runner", g.Annotations[model.Prefix+"/park"] == "stop"
 	if !runner {
 		return out
@@ -118,6 +122,40 @@ func (b *Backend) checkGroup(ctx context.Context, asg astypes.AutoScalingGroup, 
 		}
 	}
 	return out
+}
+
+// checkRoom compares the free addresses of the group's subnets with the
+// instances that it may still launch. Those in standby, as parked ones are, do
+// not count towards its maximum and keep their addresses. Pods may need more.
+func (b *Backend) checkRoom(ctx context.Context, asg astypes.AutoScalingGroup) []Finding {
+	id := model.GroupID(awssdk.ToString(asg.AutoScalingGroupName))
+	var subnets []string
+	for s := range strings.SplitSeq(awssdk.ToString(asg.VPCZoneIdentifier), ",") {
+		if s = strings.TrimSpace(s); s != "" {
+			subnets = append(subnets, s)
+		}
+	}
+	if len(subnets) == 0 {
+		return nil
+	}
+	answer, err := b.cfg.EC2.DescribeSubnets(ctx, &ec2.DescribeSubnetsInput{SubnetIds: subnets})
+	if err != nil {
+		return []Finding{{id, true, fmt.Sprintf("its subnets cannot be read: %v", err)}}
+	}
+	free, wanted := 0, int(awssdk.ToInt32(asg.MaxSize))
+	for _, s := range answer.Subnets {
+		free += int(awssdk.ToInt32(s.AvailableIpAddressCount))
+	}
+	for _, i := range asg.Instances {
+		if i.LifecycleState != astypes.LifecycleStateStandby {
+			wanted--
+		}
+	}
+	if free >= wanted {
+		return nil
+	}
+	return []Finding{{id, false, fmt.Sprintf("its subnets (%s) have %d free addresses, and it may launch %d more instances: add a subnet or lower its maximum size",
+		strings.Join(subnets, ", "), free, wanted)}}
 }
 
 // nobody is an instance that does not exist.

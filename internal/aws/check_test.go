@@ -32,6 +32,8 @@ func TestCheck(t *testing.T) {
 	}
 	in(t, func(c *aws.Config) { c.Groups = []model.NodeGroup{{ID: "absent"}} }, func(a *account) {
 		a.AddType(awsfake.InstanceType{Name: "m5d.large", VCPUs: 2, MiB: 8192, Arch: "x86_64", Storage: true, Interfaces: 3, Address: 10})
+		a.AddType(awsfake.InstanceType{Name: "m9.large", VCPUs: 2, MiB: 8192, Arch: "x86_64", Interfaces: 3, Address: 10})
+		a.AddType(awsfake.InstanceType{Name: "g9.large", VCPUs: 2, MiB: 8192, GPUs: 1, Arch: "x86_64", Interfaces: 3, Address: 10})
 		a.AddNodegroup(awsfake.Nodegroup{Cluster: "prod", Name: "ng"})
 		a.add(awsfake.Group{Name: "a fine one", Tags: runner, Desired: 1})
 		a.add(awsfake.Group{Name: "bare"})
@@ -44,10 +46,18 @@ func TestCheck(t *testing.T) {
 		a.add(awsfake.Group{Name: "store", Tags: runner, LaunchConfig: "m5d.large"})
 		a.add(awsfake.Group{Name: "refreshed", Tags: runner, Refreshed: []string{"Wait", "Wait"}})
 		a.add(awsfake.Group{Name: "refreshed well", Tags: runner, Refreshed: []string{"Ignore", "Terminate"}})
+		a.add(awsfake.Group{Name: "new type", LaunchConfig: "m9.large"})
+		a.add(awsfake.Group{Name: "new type, price told", LaunchConfig: "m9.large", Tags: map[string]string{"hearth.dev/node-price": "0.3"}})
+		a.add(awsfake.Group{Name: "new GPU", LaunchConfig: "g9.large"})
+		a.AddSubnet("subnet-1", 1)
+		a.AddSubnet("subnet-2", 2)
+		a.add(awsfake.Group{Name: "crowded", Max: 5, Desired: 1, Subnets: []string{"subnet-1", "subnet-2"}})
+		a.add(awsfake.Group{Name: "roomy", Max: 4, Desired: 1, Subnets: []string{"subnet-1", "subnet-2"}})
+		a.add(awsfake.Group{Name: "lost subnet", Subnets: []string{"subnet-3"}})
 		a.pass(time.Minute)
 		before := a.All()
 		groups, findings := a.Check(context.Background())
-		if len(groups) != 10 {
+		if len(groups) != 16 {
 			t.Errorf("%d groups: %v", len(groups), groups)
 		}
 		for _, want := range []struct {
@@ -65,13 +75,28 @@ func TestCheck(t *testing.T) {
 			{"store", false, "instance store"},
 			{"refreshed", false, "ScaleInProtectedInstances"},
 			{"refreshed", false, "StandbyInstances"},
+			{"new type", false, "$0.0964 an hour is assumed"},
+			{"new GPU", false, "none is estimated"},
+			{"crowded", false, "3 free addresses, and it may launch 4 more"},
+			{"lost subnet", true, "its subnets cannot be read"},
 		} {
 			if !said(findings, want.group, want.bad, want.text) {
 				t.Errorf("nothing is said of %+v", want)
 			}
 		}
-		if len(findings) != 10 {
+		if len(findings) != 14 {
 			t.Errorf("findings: %+v", findings)
+		}
+		prices := map[model.GroupID]string{}
+		for _, g := range groups {
+			prices[g.ID] = g.Annotations["hearth.dev/node-price"]
+		}
+		if p := prices; !strings.HasPrefix(p["new type"], "0.0964") || p["new type, price told"] != "0.3" || p["new GPU"] != "" || p["zones"] != "0.384" || p["spot"] != "" {
+			t.Errorf("prices: %v", p)
+		}
+		a.discover()
+		if n := strings.Count(a.log.String(), "m9.large is not known"); n != 1 {
+			t.Errorf("the assumed price is logged %d times", n)
 		}
 		if !reflect.DeepEqual(before, a.All()) {
 			t.Error("the check has changed something")
@@ -85,7 +110,7 @@ func TestCheck(t *testing.T) {
 				return awsfake.None
 			})
 			_, findings := a.Check(context.Background())
-			if !said(findings, "", true, action+" is not permitted") || len(findings) != 11 {
+			if !said(findings, "", true, action+" is not permitted") || len(findings) != 15 {
 				t.Errorf("without %s: %+v", action, findings)
 			}
 		}

@@ -63,6 +63,7 @@ type templates struct {
 	types      map[string]ec2types.InstanceTypeInfo // these do not change
 	nodegroups map[string]cached[nodegroup]
 	last       map[model.GroupID]model.Template // the last good one of each group
+	assumed    map[model.GroupID]string         // what is said of a price that is in no list
 }
 
 type cached[T any] struct {
@@ -79,7 +80,7 @@ func newTemplates() templates {
 	return templates{
 		numbers: map[string]cached[numbers]{}, versions: map[string]ec2types.ResponseLaunchTemplateData{}, configs: map[string]cached[string]{},
 		smallest: map[string]cached[string]{}, types: map[string]ec2types.InstanceTypeInfo{}, nodegroups: map[string]cached[nodegroup]{},
-		last: map[model.GroupID]model.Template{},
+		last: map[model.GroupID]model.Template{}, assumed: map[model.GroupID]string{},
 	}
 }
 
@@ -224,12 +225,10 @@ func (b *Backend) managed(name string) bool {
 }
 
 // annotations are those of tags, under those of the config file. The list
-// price is there unless something says otherwise, but not for spot instances.
+// price, or an estimate of it, is there unless something says otherwise, but not
+// for spot instances.
 func (b *Backend) annotations(id model.GroupID, asg astypes.AutoScalingGroup, t model.Template) map[string]string {
 	out := map[string]string{}
-	if p, ok := listPrice(t.InstanceType); ok && !spotOnly(asg) {
-		out[model.Prefix+"/node-price"] = strconv.FormatFloat(p, 'f', -1, 64)
-	}
 	tags := tagsOf(asg)
 	for option, key := range optionKeys() {
 		if v, ok := tags[optionTag+option]; ok {
@@ -246,8 +245,28 @@ func (b *Backend) annotations(id model.GroupID, asg astypes.AutoScalingGroup, t 
 			maps.Copy(out, g.Annotations)
 		}
 	}
+	said := ""
+	if _, told := out[priceKey]; !told && !spotOnly(asg) {
+		p, ok := listPrice(t.InstanceType)
+		if !ok {
+			said = "the list price of " + t.InstanceType + " is not known, and none is estimated: set " + priceKey
+			if p, ok = estimate(b.templates.types[t.InstanceType]); ok {
+				said = fmt.Sprintf("the list price of %s is not known: $%.4f an hour is assumed from its CPUs and memory, set %s", t.InstanceType, p, priceKey)
+			}
+		}
+		if ok {
+			out[priceKey] = strconv.FormatFloat(p, 'f', -1, 64)
+		}
+	}
+	if said != "" && said != b.templates.assumed[id] {
+		b.cfg.Logger.Warn(said, "nodegroup", id)
+	}
+	b.templates.assumed[id] = said
 	return out
 }
+
+// priceKey is the annotation that says what an hour of a node costs.
+const priceKey = model.Prefix + "/node-price"
 
 func spotOnly(asg astypes.AutoScalingGroup) bool {
 	p := asg.MixedInstancesPolicy

@@ -1,6 +1,10 @@
 package aws
 
-import "strings"
+import (
+	"strings"
+
+	ec2types "github.com/aws/aws-sdk-go-v2/service/ec2/types"
+)
 
 // PricesAsOf is when the table below was put together by hand: On-Demand list
 // prices of Linux in us-east-1 from https://aws.amazon.com/ec2/pricing/on-demand/.
@@ -29,4 +33,16 @@ func listPrice(instanceType string) (float64, bool) {
 		"12xlarge": 24, "16xlarge": 32, "18xlarge": 36, "24xlarge": 48, "32xlarge": 64,
 	}[size]
 	return large * factor, ok && known
+}
+
+// estimate is what an hour of an instance type that has no list price costs, in
+// dollars, from its CPUs and memory: the two rates are those that come within 3 %
+// of m6i, c6i and r6i in the table above. False for types with GPUs or other
+// accelerators, whose price is mostly that of these.
+func estimate(info ec2types.InstanceTypeInfo) (float64, bool) {
+	const perCPU, perGiB = 0.035, 0.0033
+	if info.GpuInfo != nil && len(info.GpuInfo.Gpus) > 0 || info.InferenceAcceleratorInfo != nil || info.NeuronInfo != nil || info.FpgaInfo != nil || cpusOf(info) == 0 {
+		return 0, false
+	}
+	return perCPU*float64(cpusOf(info)) + perGiB*float64(mibOf(info))/1024, true
 }

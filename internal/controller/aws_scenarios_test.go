@@ -2,7 +2,6 @@ package controller
 
 import (
 	"context"
-	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -253,8 +252,15 @@ func TestAWSFailures(t *testing.T) {
 // what lives, and the group takes a node that works (kubernetes/autoscaler
 // #5829 and later reports of the same).
 func TestAWSPlaceholderRace(t *testing.T) {
-	for delay := range 8 {
-		t.Run(fmt.Sprintf("%ds", delay), func(t *testing.T) {
+	// In the last case the group does not list yet what it launches.
+	const unlisted = 8
+	for at := range unlisted + 1 {
+		delay := time.Duration(at) * 5 * time.Second
+		name := delay.String()
+		if at == unlisted {
+			delay, name = 30*time.Second, "30s, unlisted"
+		}
+		t.Run(name, func(t *testing.T) {
 			// Nothing is protected, so that the group could take one.
 			awsExperiment(t, []model.NodeGroup{group(runners, "role", "plain")}, func(l awsLab) {
 				l.start()
@@ -274,10 +280,20 @@ func TestAWSPlaceholderRace(t *testing.T) {
 				// AWS finds machines for two just before, while or after CA
 				// gives them up.
 				l.aws.Edit("runners", func(g *awsfake.Group) { g.Capacity = 4 })
-				time.Sleep(time.Duration(delay) * 5 * time.Second)
+				time.Sleep(delay)
+				hide := func(hidden bool) {
+					for _, i := range l.aws.Instances("runners") {
+						if i.Lifecycle == "Pending" || i.Hidden {
+							l.aws.EditInstance(i.ID, func(i *awsfake.Instance) { i.Hidden = hidden })
+						}
+					}
+				}
+				hide(at == unlisted)
 				ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 				defer cancel()
 				l.must(l.ctl.DeleteNodes(ctx, runners, placeholders))
+				time.Sleep(10 * time.Second)
+				hide(false)
 				time.Sleep(5 * time.Minute)
 				l.refresh()
 				if taken := l.aws.Taken(); len(taken) > 0 {

@@ -77,6 +77,7 @@ type xmlGroup struct {
 	NewInstancesProtects bool           `xml:"NewInstancesProtectedFromScaleIn"`
 	Instances            []xmlMember    `xml:"Instances>member"`
 	Suspended            []xmlSuspended `xml:"SuspendedProcesses>member"`
+	Subnets              string         `xml:"VPCZoneIdentifier,omitempty"` // API_AutoScalingGroup: "separated by commas"
 	Tags                 []xmlGroupTag  `xml:"Tags>member"`
 }
 
@@ -187,6 +188,7 @@ func (c *Cloud) describe(g *Group, members []*Instance) xmlGroup {
 	x := xmlGroup{
 		Name: g.Name, Min: g.Min, Max: g.Max, Desired: g.Desired, Zones: g.Zones,
 		Created: stamp(time.Unix(0, 0)), HealthCheck: "EC2", NewInstancesProtects: g.ProtectNew,
+		Subnets: strings.Join(g.Subnets, ","),
 	}
 	spec := xmlLTSpec{ID: g.LaunchTemplate, Version: g.Version}
 	if t := c.templates[g.LaunchTemplate]; t != nil {

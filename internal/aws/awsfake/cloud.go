@@ -47,6 +47,7 @@ type Cloud struct {
 	templates  map[string]*LaunchTemplate
 	types      map[string]InstanceType
 	nodegroups map[string]Nodegroup
+	subnets    map[string]int // free addresses by id
 
 	fault  func(Call) Fault
 	counts map[string]int
@@ -70,6 +71,7 @@ type Group struct {
 	LaunchConfig      string // instance type of a launch configuration
 	ProtectNew        bool
 	Suspended         []string
+	Subnets           []string // ids
 	// Refreshed are ScaleInProtectedInstances and StandbyInstances of the last
 	// instance refresh, nil when there was none.
 	Refreshed []string
@@ -160,7 +162,7 @@ func New(now time.Time, timing Timing) *Cloud {
 		now: now, timing: timing, pages: 100,
 		launched: map[string][]*Instance{}, groups: map[string]*Group{}, instances: map[string]*Instance{},
 		templates: map[string]*LaunchTemplate{}, types: map[string]InstanceType{},
-		claimed: map[string]string{}, nodegroups: map[string]Nodegroup{}, counts: map[string]int{},
+		claimed: map[string]string{}, nodegroups: map[string]Nodegroup{}, subnets: map[string]int{}, counts: map[string]int{},
 	}
 }
 
@@ -201,6 +203,14 @@ func (c *Cloud) AddNodegroup(n Nodegroup) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.nodegroups[n.Cluster+"/"+n.Name] = n
+}
+
+// AddSubnet adds a subnet with so many free addresses. Instances take none: what
+// is said of it is what was set.
+func (c *Cloud) AddSubnet(id string, free int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.subnets[id] = free
 }
 
 // SetLag makes reads show what was true so long ago. SetPage bounds how many

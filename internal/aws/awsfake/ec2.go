@@ -28,6 +28,8 @@ func (c *Cloud) ec2(call Call) (any, error) {
 		return c.describeLaunchTemplates(call)
 	case "DescribeLaunchTemplateVersions":
 		return c.describeLaunchTemplateVersions(call)
+	case "DescribeSubnets":
+		return c.describeSubnets(call)
 	case "DescribeInstanceTypes":
 		return c.describeInstanceTypes(call)
 	case "GetInstanceTypesFromInstanceRequirements":
@@ -238,6 +240,26 @@ func (c *Cloud) describeLaunchTemplateVersions(call Call) (any, error) {
 			x.Devices = []device{{"/dev/xvda", data.VolumeGiB}}
 		}
 		answer.Items = append(answer.Items, x)
+	}
+	return answer, nil
+}
+
+// describeSubnets: API_DescribeSubnets; one id that does not exist fails the call.
+func (c *Cloud) describeSubnets(call Call) (any, error) {
+	type item struct {
+		ID   string `xml:"subnetId"`
+		Free int    `xml:"availableIpAddressCount"`
+	}
+	answer := struct {
+		XMLName xml.Name `xml:"subnetSet"`
+		Items   []item   `xml:"item"`
+	}{}
+	for _, id := range list(call.Form, "SubnetId") {
+		free, ok := c.subnets[id]
+		if !ok {
+			return nil, &failure{400, "InvalidSubnetID.NotFound", "The subnet ID '" + id + "' does not exist"}
+		}
+		answer.Items = append(answer.Items, item{id, free})
 	}
 	return answer, nil
 }
