@@ -2,6 +2,8 @@ package kube
 
 import (
 	"encoding/json"
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -10,12 +12,23 @@ import (
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
 
+// resuming returns n intents of nodes that are being brought back.
+func resuming(n int) []string {
+	out := make([]string, n)
+	for i := range out {
+		out[i] = fmt.Sprintf(`{"instanceID":"i-%d","desired":"Running","stage":"Starting","since":"2026-01-05T08:59:00Z"}`, i+10)
+	}
+	return out
+}
+
 // FuzzRecords: whatever somebody has written into a RunnerNodeGroup's or a
 // RunnerNode's status, the next life begins with it, answers, and acts on no
 // instance that the cloud does not list in the group.
 func FuzzRecords(f *testing.F) {
 	f.Add([]byte(`{"target":2,"hidden":1,"sequence":7,"intents":[{"instanceID":"i-1","desired":"Parked","stage":"Draining","since":"2026-01-05T08:00:00Z"}]}`))
 	f.Add([]byte(`{"target":-5,"hidden":-7,"intents":[{"instanceID":"i-9","desired":"Gone","stage":"Stopping","since":null},{"instanceID":"i-1","desired":"","stage":"?"}]}`))
+	// Resuming nodes beyond the maximum that turn out not to exist.
+	f.Add([]byte(`{"target":11,"intents":[` + strings.Join(resuming(11), ",") + `]}`))
 	f.Add([]byte(`{"target":9000000000000000000,"hidden":9000000000000000000,"min":-1,"max":1,"phases":{"":-1}}`))
 	f.Add([]byte(`{"phase":"Ready","score":"NaN","cacheBytes":"-1","warmth":[{"key":"a","warmth":"x","lastUsed":null}],"conditions":[{"type":"CacheLost","status":"True"}]}`))
 	at := time.Date(2026, 1, 5, 9, 0, 0, 0, time.UTC)

@@ -88,8 +88,17 @@ func (g *Group) Ready(now time.Time) (Outcome, []Effect) {
 }
 
 // fill keeps the group at its minimum, hidden from CA until the nodes are
-// Ready, and gives up hidden launches that the cloud refuses.
+// Ready, and gives up hidden launches that are above the maximum or that the
+// cloud refuses.
 func (g *Group) fill(now time.Time, out *Outcome) {
+	// More than the maximum was never promised: the record was edited, or is
+	// from before the maximum was lowered. What it holds of resuming nodes may
+	// turn out not to exist at any later snapshot.
+	_, hidden := g.Unborn()
+	if n := min(hidden, g.record.Target+g.record.Hidden-g.spec.Max); n > 0 {
+		g.record.Hidden -= n
+		out.note(CommitSoon, "cancel", "above-max", n, "")
+	}
 	size := g.record.Target + g.record.Hidden
 	if n := g.spec.Min - size; n > 0 {
 		n -= g.resume(n, nil, true, now, out)
@@ -99,7 +108,7 @@ func (g *Group) fill(now time.Time, out *Outcome) {
 			out.note(CommitFirst, "launch", "min-size", n, "")
 		}
 	}
-	_, hidden := g.Unborn()
+	_, hidden = g.Unborn()
 	if n := min(hidden, size-g.spec.Min); n > 0 && g.failure() != nil {
 		g.record.Hidden -= n
 		g.prescaleFrom = now.Add(prescaleBackoff)

@@ -533,13 +533,6 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 			out.note(CommitSoon, "adopt", "unknown-to-us", extra, "")
 		}
 		g.forget(out)
-		// More than the maximum was never promised: the record was edited, or
-		// is from before the maximum was lowered.
-		_, hidden = g.Unborn()
-		if n := min(hidden, g.record.Target+g.record.Hidden-g.spec.Max); n > 0 {
-			g.record.Hidden -= n
-			out.note(CommitSoon, "cancel", "above-max", n, "")
-		}
 		g.view = g.buildView(now)
 	}
 }
