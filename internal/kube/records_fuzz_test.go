@@ -29,6 +29,8 @@ func FuzzRecords(f *testing.F) {
 	f.Add([]byte(`{"target":-5,"hidden":-7,"intents":[{"instanceID":"i-9","desired":"Gone","stage":"Stopping","since":null},{"instanceID":"i-1","desired":"","stage":"?"}]}`))
 	// Resuming nodes beyond the maximum that turn out not to exist.
 	f.Add([]byte(`{"target":11,"intents":[` + strings.Join(resuming(11), ",") + `]}`))
+	// A node that is on its way out takes a place of the maximum.
+	f.Add([]byte(`{"target":10,"intents":[{"instanceID":"i-1","desired":"Gone","stage":"StoppingEngine"}]}`))
 	f.Add([]byte(`{"target":9000000000000000000,"hidden":9000000000000000000,"min":-1,"max":1,"phases":{"":-1}}`))
 	f.Add([]byte(`{"phase":"Ready","score":"NaN","cacheBytes":"-1","warmth":[{"key":"a","warmth":"x","lastUsed":null}],"conditions":[{"type":"CacheLost","status":"True"}]}`))
 	at := time.Date(2026, 1, 5, 9, 0, 0, 0, time.UTC)

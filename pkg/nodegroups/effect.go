@@ -199,8 +199,12 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 	seen, missing := g.running()
 	revealed, hidden := g.Unborn()
 	resize := Effect{Verb: Resize, Group: g.spec.ID, Desired: seen + revealed + hidden}
-	if resize.Desired > g.snapshot.Desired && g.due(resize, now) {
-		return []Effect{resize}
+	// What is on its way out still takes a place, and no cloud works towards
+	// more than the maximum: a launch waits for it.
+	if raised := min(resize.Desired, g.spec.Max); raised > g.snapshot.Desired {
+		if resize.Desired = raised; g.due(resize, now) {
+			return []Effect{resize}
+		}
 	}
 	var effects []Effect
 	for verb, pick := range map[Verb]func(model.InstanceID, Intent) bool{

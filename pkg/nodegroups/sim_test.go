@@ -391,6 +391,10 @@ func (s *sim) land(c *call) {
 			}
 			s.checkEngine(e.Verb, id)
 		}
+	case Resize:
+		if e.Desired > max(s.maxEver, s.w.desired) {
+			s.t.Fatalf("the cloud is asked for %d of %d at most", e.Desired, s.maxEver)
+		}
 	case DeleteNode:
 		if s.w.nodes[e.Node.ID].UID == e.Node.UID && active(s.w.instances[e.Node.ID].State) {
 			s.t.Fatalf("the Node of %s is deleted, which is %s", e.Node.ID, s.w.instances[e.Node.ID].State)
