@@ -51,6 +51,12 @@ generate: ## Generate Go from the protos, CRDs from the API types, reference pag
 	go test ./cmd/provider -run TestReference -count=1 -update
 	go test ./charts -run TestChartCarriesDeploy -count=1 -update
 
+.PHONY: prices
+prices: ## Renew the list of AWS's prices, from the release that tools/prices pins
+	mkdir -p bin
+	go -C tools run ./prices > bin/prices.csv
+	mv bin/prices.csv internal/aws/prices.csv
+
 .PHONY: policy
 policy: ## Rewrite the tables of docs/policy.md (HEARTH_TRACES=folder of the traces)
 	@for trace in bitcoin-core-ci multi-repo-gha; do \
@@ -109,7 +115,7 @@ unit: ## Run the fast tests, without a control plane
 race: ## Run the same tests at full length under the race detector
 	@$(unit_packages); go test -race -timeout 15m $$packages
 	go test -C tools/image .
-	go test -C tools ./sbom
+	go test -C tools ./sbom ./prices
 
 .PHONY: e2e
 e2e: cluster build ## Run the tests that start a control plane (and CLUSTER_AUTOSCALER, if set)

@@ -66,7 +66,7 @@ func newAWS(ctx context.Context, cfg *config.Config, protects func(model.GroupID
 	}
 	cloud, err := aws.New(aws.Config{
 		AutoScaling: clients.AutoScaling, EC2: clients.EC2, EKS: clients.EKS, Region: clients.Region,
-		Tags: wanted.AutoDiscoveryTags, Groups: cfg.NodeGroups(), DryRun: wanted.DryRun, Protect: protects, Logger: logger,
+		Tags: wanted.AutoDiscoveryTags, Groups: cfg.NodeGroups(), Prices: wanted.Prices, DryRun: wanted.DryRun, Protect: protects, Logger: logger,
 	})
 	if err != nil {
 		return nil, usageError{err}

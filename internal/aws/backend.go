@@ -82,6 +82,9 @@ type Config struct {
 	// Protect says whether the group's instances are to be protected from
 	// scale in; nil means none.
 	Protect func(model.GroupID) bool
+	// Prices are what an hour of an instance type costs, in dollars. They win
+	// over the list that is part of the binary.
+	Prices map[string]float64
 	// DryRun logs writes and refuses them.
 	DryRun bool
 	Now    func() time.Time // nil: time.Now
@@ -90,7 +93,8 @@ type Config struct {
 
 // Backend is the cloud. Its methods are safe for concurrent use.
 type Backend struct {
-	cfg Config
+	cfg    Config
+	prices priceTable
 
 	mu        sync.Mutex
 	groups    map[model.GroupID]*group
@@ -154,7 +158,7 @@ func New(cfg Config) (*Backend, error) {
 	if cfg.Protect == nil {
 		cfg.Protect = func(model.GroupID) bool { return false }
 	}
-	return &Backend{cfg: cfg, groups: map[model.GroupID]*group{}, templates: newTemplates(), changed: make(chan struct{}, 1)}, nil
+	return &Backend{cfg: cfg, prices: listedPrices(), groups: map[model.GroupID]*group{}, templates: newTemplates(), changed: make(chan struct{}, 1)}, nil
 }
 
 // SetGroups replaces the groups that are named and their annotations.

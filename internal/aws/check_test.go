@@ -30,9 +30,13 @@ func TestCheck(t *testing.T) {
 		}
 		return tags
 	}
-	in(t, func(c *aws.Config) { c.Groups = []model.NodeGroup{{ID: "absent"}} }, func(a *account) {
+	in(t, func(c *aws.Config) {
+		c.Groups = []model.NodeGroup{{ID: "absent"}}
+		c.Prices = map[string]float64{"m9.xlarge": 0.2}
+	}, func(a *account) {
 		a.AddType(awsfake.InstanceType{Name: "m5d.large", VCPUs: 2, MiB: 8192, Arch: "x86_64", Storage: true, Interfaces: 3, Address: 10})
 		a.AddType(awsfake.InstanceType{Name: "m9.large", VCPUs: 2, MiB: 8192, Arch: "x86_64", Interfaces: 3, Address: 10})
+		a.AddType(awsfake.InstanceType{Name: "m9.xlarge", VCPUs: 4, MiB: 16384, Arch: "x86_64", Interfaces: 3, Address: 10})
 		a.AddType(awsfake.InstanceType{Name: "g9.large", VCPUs: 2, MiB: 8192, GPUs: 1, Arch: "x86_64", Interfaces: 3, Address: 10})
 		a.AddNodegroup(awsfake.Nodegroup{Cluster: "prod", Name: "ng"})
 		a.add(awsfake.Group{Name: "a fine one", Tags: runner, Desired: 1})
@@ -48,6 +52,7 @@ func TestCheck(t *testing.T) {
 		a.add(awsfake.Group{Name: "refreshed well", Tags: runner, Refreshed: []string{"Ignore", "Terminate"}})
 		a.add(awsfake.Group{Name: "new type", LaunchConfig: "m9.large"})
 		a.add(awsfake.Group{Name: "new type, price told", LaunchConfig: "m9.large", Tags: map[string]string{"hearth.dev/node-price": "0.3"}})
+		a.add(awsfake.Group{Name: "new type, price configured", LaunchConfig: "m9.xlarge"})
 		a.add(awsfake.Group{Name: "new GPU", LaunchConfig: "g9.large"})
 		a.AddSubnet("subnet-1", 1)
 		a.AddSubnet("subnet-2", 2)
@@ -57,7 +62,7 @@ func TestCheck(t *testing.T) {
 		a.pass(time.Minute)
 		before := a.All()
 		groups, findings := a.Check(context.Background())
-		if len(groups) != 16 {
+		if len(groups) != 17 {
 			t.Errorf("%d groups: %v", len(groups), groups)
 		}
 		for _, want := range []struct {
@@ -91,7 +96,7 @@ func TestCheck(t *testing.T) {
 		for _, g := range groups {
 			prices[g.ID] = g.Annotations["hearth.dev/node-price"]
 		}
-		if p := prices; !strings.HasPrefix(p["new type"], "0.0964") || p["new type, price told"] != "0.3" || p["new GPU"] != "" || p["zones"] != "0.384" || p["spot"] != "" {
+		if p := prices; !strings.HasPrefix(p["new type"], "0.0964") || p["new type, price told"] != "0.3" || p["new type, price configured"] != "0.2" || p["new GPU"] != "" || p["zones"] != "0.384" || p["spot"] != "" {
 			t.Errorf("prices: %v", p)
 		}
 		a.discover()

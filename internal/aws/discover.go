@@ -247,12 +247,12 @@ func (b *Backend) annotations(id model.GroupID, asg astypes.AutoScalingGroup, t 
 	}
 	said := ""
 	if _, told := out[priceKey]; !told && !spotOnly(asg) {
-		p, ok := listPrice(t.InstanceType)
+		p, ok := b.cfg.Prices[t.InstanceType]
 		if !ok {
-			said = "the list price of " + t.InstanceType + " is not known, and none is estimated: set " + priceKey
-			if p, ok = estimate(b.templates.types[t.InstanceType]); ok {
-				said = fmt.Sprintf("the list price of %s is not known: $%.4f an hour is assumed from its CPUs and memory, set %s", t.InstanceType, p, priceKey)
-			}
+			p, said, ok = b.prices.price(b.cfg.Region, t.InstanceType, b.templates.types[t.InstanceType])
+		}
+		if said != "" {
+			said += ": set " + priceKey + ", or backend.aws.prices"
 		}
 		if ok {
 			out[priceKey] = strconv.FormatFloat(p, 'f', -1, 64)

@@ -94,6 +94,8 @@ type AWS struct {
 	// AutoDiscoveryTags select Auto Scaling groups that have all of them: a key,
 	// or key=value. None selects only the groups that nodeGroups names.
 	AutoDiscoveryTags []string
+	// Prices are what an hour of an instance type costs, in US dollars.
+	Prices map[string]float64
 	// DryRun changes nothing and refuses cluster-autoscaler's writes.
 	DryRun bool
 }
@@ -375,6 +377,7 @@ func restartFields(c *Config) map[string]any {
 		"backend.aws.endpoint":         cloud.Endpoint,
 		"backend.aws.dryRun":           cloud.DryRun,
 		// As one text, since the values must be comparable.
+		"backend.aws.prices":            fmt.Sprint(cloud.Prices),
 		"backend.aws.autoDiscoveryTags": strings.Join(cloud.AutoDiscoveryTags, ", "),
 		"engines.podSelector":           c.Engines.PodSelector,
 		"engines.namespaces":            strings.Join(c.Engines.Namespaces, ", "),

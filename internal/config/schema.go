@@ -186,7 +186,9 @@ func backend(b *Backend) reader {
 func aws(a *AWS) reader {
 	const wantURL = "a URL such as http://127.0.0.1:4566, or nothing"
 	const wantTag = "the key of a tag, or key=value"
+	const wantPrice = "US dollars an hour such as 0.384"
 	var given []string
+	var prices map[string]string
 	read := object(fields{
 		"region": text(&a.Region, "a region such as eu-central-1, or nothing", func(s string) bool { return s == "" || len(validation.IsDNS1123Label(s)) == 0 }),
 		"endpoint": text(&a.Endpoint, wantURL, func(s string) bool {
@@ -203,12 +205,24 @@ func aws(a *AWS) reader {
 				given = append(given, tag)
 			}
 		}),
+		"prices": table(&prices, wantPrice, func(_, value string) string {
+			if dollars, err := strconv.ParseFloat(value, 64); err != nil || dollars < 0 || math.IsInf(dollars, 0) || math.IsNaN(dollars) {
+				return wantPrice
+			}
+			return ""
+		}, "!!int", "!!float", "!!str"),
 		"dryRun": boolean(&a.DryRun),
 	}, nil)
 	return func(d *decoder, at string, n *yaml.Node) {
 		read(d, at, n)
 		if tags := valueOf(n, "autoDiscoveryTags"); tags != nil && !null(tags) {
 			a.AutoDiscoveryTags = given
+		}
+		for instanceType, dollars := range prices {
+			if a.Prices == nil {
+				a.Prices = map[string]float64{}
+			}
+			a.Prices[instanceType], _ = strconv.ParseFloat(dollars, 64)
 		}
 	}
 }
