@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -31,15 +30,6 @@ import (
 // onAWS says whether the tests run with the AWS backend: their groups then are
 // Auto Scaling groups of a stand-in for AWS.
 func onAWS() bool { return os.Getenv("HEARTH_E2E_BACKEND") == "aws" }
-
-// embeddedOnly skips a test that is about the embedded backend: it breaks its
-// ConfigMaps or reloads groups with sizes from the config file.
-func embeddedOnly(t *testing.T) {
-	t.Helper()
-	if onAWS() {
-		t.Skip("is about the embedded backend")
-	}
-}
 
 // cloud is where instances come from as whoever runs it sees it: past the
 // provider.
@@ -286,7 +276,7 @@ func (a *amazon) translate(text string) (string, error) {
 	if err := yaml.Unmarshal([]byte(text), &file); err != nil {
 		return "", err
 	}
-	file["backend"] = map[string]any{"aws": map[string]any{"region": "us-east-1", "endpoint": a.server.URL}}
+	file["backend"] = map[string]any{"aws": map[string]any{"region": "us-east-1", "endpoint": a.server.URL, "autoDiscoveryTags": []string{}}}
 	var named []any
 	for _, g := range cfg.NodeGroups() {
 		named = append(named, map[string]any{"id": string(g.ID), "annotations": g.Annotations})

@@ -530,10 +530,8 @@ func TestNodesDie(t *testing.T) {
 // force; a good one is in force at once, but for the list of groups, which
 // changes at the autoscaler's next Refresh.
 func TestConfigReload(t *testing.T) {
-	embeddedOnly(t)
 	g := newGround(t)
-	old := runners("1s", 2, "")
-	provider := g.Provider("provider", old)
+	provider := g.Provider("provider", runners("1s", 2, ""))
 	ca := g.CloudProvider()
 	list := func() map[string]int {
 		t.Helper()
@@ -562,16 +560,24 @@ func TestConfigReload(t *testing.T) {
 			return nil
 		}
 	}
+	with := func(size int) string {
+		groups := strings.SplitAfter(runners("1s", size, ""), "nodeGroups:\n")[1]
+		text, err := g.config(fleet("1s", "hearth.dev/role: runner", "fresh") + groups)
+		g.must(err)
+		return text
+	}
 	reloads := 0.0
+	more := with(2)
 	for what, bad := range map[string]string{
-		"an unknown field":             strings.Replace(old, "max: 2", "max: 9\n  maximum: 9", 1),
-		"no number":                    strings.Replace(old, "max: 2", "max: many", 1),
-		"a field that needs a restart": "leaderElection: {enabled: false}\n" + strings.Replace(old, "max: 2", "max: 9", 1),
+		"an unknown field":             "maximum: 9\n" + more,
+		"a field of another type":      "engines: many\n" + more,
+		"no YAML":                      more + "}\n",
+		"a field that needs a restart": "leaderElection: {enabled: false}\n" + more,
 	} {
 		g.must(provider.WriteConfig(bad))
 		reloads++
 		g.eventually(what+" to be refused", 10*time.Second, reloaded(0, reloads))
-		if refresh(); list()["runners"] != 2 {
+		if refresh(); !maps.Equal(list(), map[string]int{"runners": 2}) {
 			t.Errorf("%s: the groups are %v", what, list())
 		}
 		_, err := ca.NodeGroupIncreaseSize(g.ctx, &externalgrpc.NodeGroupIncreaseSizeRequest{Id: "runners", Delta: 3})
@@ -579,13 +585,12 @@ func TestConfigReload(t *testing.T) {
 			t.Errorf("%s: three nodes: %v, want OutOfRange", what, err)
 		}
 	}
-	good := fleet("1s", "hearth.dev/role: runner", "fresh") + strings.SplitAfter(strings.Replace(old, "max: 2", "max: 3", 1), "nodeGroups:\n")[1]
-	g.must(provider.WriteConfig(good))
+	g.must(provider.WriteConfig(with(3)))
 	g.eventually("the good one to be taken", 10*time.Second, reloaded(1, reloads+1))
 	if got := list(); !maps.Equal(got, map[string]int{"runners": 2}) {
 		t.Errorf("before the next Refresh the groups are %v", got)
 	}
-	g.eventually("the new group", 10*time.Second, func() error {
+	g.eventually("the new group", 30*time.Second, func() error {
 		refresh()
 		if got := list(); !maps.Equal(got, map[string]int{"runners": 3, "fresh": 10}) {
 			return fmt.Errorf("the groups are %v", got)
@@ -602,7 +607,6 @@ func TestConfigReload(t *testing.T) {
 // TestBadInput: what no autoscaler should send is refused with the right code
 // and changes nothing.
 func TestBadInput(t *testing.T) {
-	embeddedOnly(t)
 	g := newGround(t)
 	groups := func(least int) string {
 		return runners("1s", 3, "") + fmt.Sprintf(`- id: plain
@@ -620,8 +624,10 @@ func TestBadInput(t *testing.T) {
 	}
 	settled := all(g.accounted("runners", 1, 1), g.accounted("plain", 1, 1))
 	g.eventually("a node of each group", 20*time.Second, settled)
-	g.must(provider.WriteConfig(groups(1)))
-	g.eventually("the minimum", 10*time.Second, func() error {
+	text, err := g.config(groups(1))
+	g.must(err)
+	g.must(provider.WriteConfig(text))
+	g.eventually("the minimum", 30*time.Second, func() error {
 		_, err := ca.Refresh(g.ctx, &externalgrpc.RefreshRequest{})
 		if said := g.told(ca); err == nil && !strings.Contains(said, "plain 1 to 3") {
 			err = errors.New(said)
@@ -693,6 +699,7 @@ func TestBadInput(t *testing.T) {
 		{"delete a foreign node", remove("runners", stranger("aws:///eu-central-1a/i-0123456789abcdef0")), codes.NotFound},
 		{"delete a node with a strange id", remove("runners", stranger("\x00 /../ \u2028")), codes.NotFound},
 		{"delete an instance of ours that never was", remove("runners", stranger("kwok://runners/nothing")), codes.NotFound},
+		{"delete an instance that never was", remove("runners", stranger("aws:///a/i-0123456789abcdef0")), codes.NotFound},
 		{"delete a good and an unknown node", remove("plain", plain, stranger("kwok://plain/nothing")), codes.NotFound},
 		{"delete what the plan keeps", remove("runners", own), codes.FailedPrecondition},
 		{"delete it twice in one call", remove("runners", own, own), codes.FailedPrecondition},

@@ -297,13 +297,20 @@ func (g *ground) Autoscaler(change func(*refautoscaler.Flags)) *playground.Autos
 
 // StartProvider starts a replica, whose config is for the backend of the test.
 func (g *ground) StartProvider(name, groups string) (*playground.Provider, error) {
-	if a, aws := g.cloud.(*amazon); aws && strings.Contains(groups, "kwok:") {
-		var err error
-		if groups, err = a.translate(groups); err != nil {
-			return nil, err
-		}
+	text, err := g.config(groups)
+	if err != nil {
+		return nil, err
 	}
-	return g.Playground.StartProvider(name, groups)
+	return g.Playground.StartProvider(name, text)
+}
+
+// config makes of a config for the embedded backend one for the backend of the
+// test, whose cloud then has its groups.
+func (g *ground) config(text string) (string, error) {
+	if a, aws := g.cloud.(*amazon); aws && strings.Contains(text, "kwok:") {
+		return a.translate(text)
+	}
+	return text, nil
 }
 
 // Provider starts a replica and waits until it serves.
