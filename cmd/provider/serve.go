@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -29,6 +30,7 @@ import (
 	"github.com/hearth-ci/hearth/internal/kube"
 	"github.com/hearth-ci/hearth/internal/server"
 	"github.com/hearth-ci/hearth/internal/telemetry"
+	"github.com/hearth-ci/hearth/internal/ui"
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
@@ -47,7 +49,11 @@ func serveCommand() *cobra.Command {
 			if err != nil {
 				return usageError{err}
 			}
-			logger, err := telemetry.New(cmd.ErrOrStderr(), logFormat, logLevel)
+			level, err := newLogLevel(logLevel, cfg.Log.Level)
+			if err != nil {
+				return usageError{err}
+			}
+			logger, err := telemetry.NewLevelled(cmd.ErrOrStderr(), logFormat, level)
 			if err != nil {
 				return usageError{err}
 			}
@@ -59,6 +65,7 @@ func serveCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			p.level = level
 			if uninstall {
 				return errors.Join(p.nodes.Uninstall(cmd.Context()), p.engines.Uninstall(cmd.Context()), p.backend.uninstall(cmd.Context()))
 			}
@@ -67,7 +74,7 @@ func serveCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&path, "config", "", "the config file (required)")
 	cmd.Flags().StringVar(&logFormat, "log-format", "json", "json or text")
-	cmd.Flags().StringVar(&logLevel, "log-level", "info", "debug, info, warn or error")
+	cmd.Flags().StringVar(&logLevel, "log-level", "info", "debug, info, warn or error; log.level in the config file, which may change at run time, wins over it")
 	cmd.Flags().BoolVar(&uninstall, "uninstall", false, "take everything of Hearth's off nodes and pods and exit")
 	_ = cmd.MarkFlagRequired("config")
 	return cmd
@@ -94,6 +101,9 @@ type provider struct {
 	http       *telemetry.HTTP
 	placer     *placer // nil: no placement webhook
 	hearing    *hearing
+	ui         *ui.UI
+	level      *logLevel
+	leader     atomic.Pointer[string] // the replica that leads, nil: not known
 }
 
 // newProvider wires the parts. Nothing runs yet, but the ports are taken, so
@@ -149,7 +159,7 @@ func newProvider(ctx context.Context, cfg *config.Config, path string, logger *s
 	if p.controller, err = controller.New(controller.Config{
 		Backend: p.backend, SnapshotFast: p.backend.snapshotFast, Store: store, Memories: kube.NewMemories(client, cfg.LeaderElection.Namespace), Nodes: acting.Nodes, Pods: p.nodes, Engines: acting.Engines, Events: p.events,
 		World: p.world, Watched: p.feed.Synced, Groups: cfg.NodeGroups(), Metrics: p.metrics, Logger: logger,
-		OnSynced: func() { p.server.SetServing(true) },
+		DryRun: p.backend.dryRun, OnSynced: func() { p.server.SetServing(true) },
 	}); err != nil {
 		return nil, err
 	}
@@ -186,9 +196,12 @@ func (p *provider) listen() error {
 	if p.hearing, err = p.newHearing(); err != nil {
 		return err
 	}
+	if p.ui, err = ui.New(ui.Config{Source: p.controller, Logger: p.log, Leader: p.whoLeads}); err != nil {
+		return err
+	}
 	p.http, err = telemetry.NewHTTP(telemetry.HTTPConfig{
 		Listener: listeners[2], Gatherer: p.registry, Ready: p.ready, Logger: p.log,
-		API: explain.Handler(p.controller), Webhooks: p.hearing.receiver,
+		API: explain.Handler(p.controller), Webhooks: p.hearing.receiver, UI: p.ui, Stopping: p.ui.Close,
 	})
 	if err != nil {
 		return err
@@ -214,6 +227,10 @@ func (p *provider) run(ctx context.Context) error {
 	group.Go(func() error { p.events.Run(ctx); return nil })
 	group.Go(func() error { return p.server.Run(ctx) })
 	group.Go(func() error { return p.http.Run(ctx) })
+	group.Go(func() error { p.ui.Run(ctx); return nil })
+	if p.backend.dryRun {
+		group.Go(func() error { p.sayWhatItWouldSave(ctx); return nil })
+	}
 	p.placer.run(ctx, group)
 	group.Go(func() error { return config.Watch(ctx, p.path, p.cfg, p.apply, p.reloaded) })
 	group.Go(func() error { return p.backend.attend(ctx) })
@@ -224,7 +241,7 @@ func (p *provider) run(ctx context.Context) error {
 // apply puts a reloaded config into force.
 func (p *provider) apply(next *config.Config) error {
 	p.backend.setGroups(next.NodeGroups())
-	return nil
+	return p.level.set(next.Log.Level)
 }
 
 func (p *provider) reloaded(err error) {
@@ -234,6 +251,36 @@ func (p *provider) reloaded(err error) {
 		return
 	}
 	p.log.Info("config reloaded")
+}
+
+// sayWhatItWouldSave logs once an hour what Hearth would have cost, until ctx
+// ends.
+func (p *provider) sayWhatItWouldSave(ctx context.Context) {
+	ticker := time.NewTicker(time.Hour)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-ticker.C:
+		}
+		for _, g := range p.controller.Savings(time.Now()).Groups {
+			if g.DryRun != nil {
+				p.log.Info("dry run: what Hearth would have cost", "nodegroup", g.ID, "since", g.Since, "jobs", g.Jobs,
+					"nodes", fmt.Sprintf("$%.2f", g.DryRun.Nodes), "instead of", fmt.Sprintf("$%.2f", g.Hearth.Nodes),
+					"with waiting", fmt.Sprintf("$%.2f", g.DryRun.Total()), "instead of with waiting", fmt.Sprintf("$%.2f", g.Hearth.Total()),
+					"warm", fmt.Sprintf("%.0f%%", 100*g.DryRun.WarmHitRate))
+			}
+		}
+	}
+}
+
+// whoLeads names the replica that leads, empty while that is not known.
+func (p *provider) whoLeads() string {
+	if leader := p.leader.Load(); leader != nil {
+		return *leader
+	}
+	return ""
 }
 
 // leaseName names the Lease that replicas agree by.
@@ -276,6 +323,7 @@ func (p *provider) elect(ctx context.Context) error {
 				leading <- p.lead(ctx)
 			},
 			OnStoppedLeading: func() {},
+			OnNewLeader:      func(identity string) { p.leader.Store(&identity) },
 		},
 	})
 	if err != nil {

@@ -36,6 +36,7 @@ const (
 type Config struct {
 	Server         Server
 	HTTP           HTTP
+	Log            Log
 	Kubernetes     Kubernetes
 	LeaderElection LeaderElection
 	Backend        Backend
@@ -67,6 +68,12 @@ func (t TLS) Enabled() bool { return t.CertFile != "" }
 
 // HTTP is where metrics and probes are served, as host:port.
 type HTTP struct{ Address string }
+
+// Log says what is logged. It takes effect on a reload, too.
+type Log struct {
+	// Level is debug, info, warn or error; empty: what --log-level says.
+	Level string
+}
 
 // Kubernetes says how to reach the API server. An empty Kubeconfig means
 // in-cluster.

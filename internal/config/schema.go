@@ -49,6 +49,7 @@ func (d *decoder) root(c *Config, n *yaml.Node) {
 		"kind":           exactly(Kind),
 		"server":         server(&c.Server),
 		"http":           object(fields{"address": address(&c.HTTP.Address)}, nil),
+		"log":            object(fields{"level": level(&c.Log.Level)}, nil),
 		"kubernetes":     object(fields{"kubeconfig": anyText(&c.Kubernetes.Kubeconfig)}, nil),
 		"leaderElection": election(&c.LeaderElection),
 		"backend":        backend(&c.Backend),
@@ -94,6 +95,12 @@ func server(s *Server) reader {
 			d.problem(join(at, "tls"), "want all of certFile, keyFile, clientCAFile or none of them")
 		}
 	}
+}
+
+func level(into *string) reader {
+	return text(into, "debug, info, warn or error", func(s string) bool {
+		return slices.Contains([]string{"debug", "info", "warn", "error"}, s)
+	})
 }
 
 func address(into *string) reader {

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/hearth-ci/hearth/internal/explain"
+	"github.com/hearth-ci/hearth/internal/savings"
 	"github.com/hearth-ci/hearth/internal/telemetry"
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
@@ -41,6 +42,9 @@ type Config struct {
 	// RecordWithin bounds the write before an answer: cluster-autoscaler waits
 	// 5 s in all. Default 3 s.
 	RecordWithin time.Duration
+	// DryRun says that nothing is acted on: Savings then says what Hearth would
+	// have cost.
+	DryRun bool
 	// OnSynced is called once, when the first view is there.
 	OnSynced func()
 }
@@ -78,6 +82,8 @@ type Controller struct {
 	view     atomic.Pointer[nodegroups.FleetView]
 	spare    atomic.Pointer[map[model.GroupID]spare]
 	report   atomic.Pointer[explain.Report]
+	timeline timeline
+	tape     savings.Tape
 	commands chan *command
 	groups   chan []model.NodeGroup
 	results  chan result

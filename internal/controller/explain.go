@@ -24,7 +24,7 @@ func (c *Controller) Report() *explain.Report {
 
 // explainPlan makes what the plan has just come to what Report returns.
 func (o *owner) explainPlan(now time.Time) {
-	r := &explain.Report{At: now, Groups: make([]explain.Group, 0, len(o.fleet))}
+	r := &explain.Report{At: now, Queue: o.queue(), Groups: make([]explain.Group, 0, len(o.fleet))}
 	for _, id := range slices.Sorted(maps.Keys(o.fleet)) {
 		r.Groups = append(r.Groups, o.explainGroup(o.fleet[id], now))
 	}
@@ -80,6 +80,7 @@ func (o *owner) explainGroup(g *nodegroups.Group, now time.Time) explain.Group {
 		costs, forecast := l.costs(settings), l.memory.Forecast
 		e.Settings.NodePrice, e.Settings.ParkedPrice = costs.Running, costs.Parked
 		_, saves := l.memory.Keys.Of(scoring.KeyOf("")) // of a key of which nothing was learnt: the group's
+		o.account(g, e, costs, saves, now)
 		e.Learnt = explain.Learnt{BootSeconds: l.memory.Boot.Seconds(), ResumeSeconds: l.memory.Resume.Seconds(), ColdPenaltySeconds: saves}
 		e.Forecast = explain.Forecast{
 			BatchesPerHour: forecast.Rate(1, now), IdleNodes: e.Idle, IdleBatchesPerHour: forecast.Rate(max(e.Idle, 1), now),
@@ -112,7 +113,7 @@ func unusedSince(n explain.Node) *time.Time {
 func (o *owner) explainNode(n nodegroups.NodeStatus, runner bool, now time.Time) explain.Node {
 	e := explain.Node{
 		Name: string(n.Node.Name), Instance: string(n.ID), State: stateOf(n), Phase: string(n.Phase), Hidden: n.Hidden,
-		Decision: string(n.Verdict.Decision), Score: n.Verdict.Score,
+		Jobs: o.history.perNode[n.Node.Name], Decision: string(n.Verdict.Decision), Score: n.Verdict.Score,
 	}
 	for _, r := range n.Verdict.Reasons {
 		e.Reasons = append(e.Reasons, explain.Reason{Code: r.Code, Text: r.Text})

@@ -232,6 +232,7 @@ func (o *owner) redeclare(groups []model.NodeGroup) {
 			delete(o.summaries, id)
 			delete(o.recordAfter, id)
 			delete(o.learnt, id)
+			o.tape.Forget(id)
 			o.cfg.Metrics.ForgetGroup(string(id))
 		}
 	}
@@ -291,6 +292,7 @@ func (o *owner) seePod(c podChange, now time.Time) {
 		return
 	}
 	o.learntOf(g).told(p, news, g.Node(instance).ReadyChanged)
+	o.taped(g, p, news, now)
 	if !news.started {
 		return
 	}

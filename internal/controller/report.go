@@ -67,6 +67,7 @@ func (o *owner) reportNodes(g *nodegroups.Group, now time.Time) {
 		r.Warmth = o.history.warmth(n.ID, now)
 		if known && before.record.Decision != r.Decision && r.Decision != "" {
 			o.log.Info("decision", "nodegroup", id, "node", n.Node.Name, "decision", r.Decision, "score", fmt.Sprintf("%.2f", r.Score), "reason", r.Reason)
+			o.decided(r, now)
 		}
 		reported[n.ID] = report{r, now}
 		o.records.saveNode(r)
@@ -178,6 +179,7 @@ func (o *owner) say(g *nodegroups.Group, notes []nodegroups.Note) {
 				text += "; " + more
 			}
 		}
+		o.happened(id, n, text, severity)
 		if n.Action == "terminate" {
 			o.ended[n.Instance] = text
 		}

@@ -154,6 +154,7 @@ func (s *story) run(ctx context.Context) (last string, err error) {
 	if err := provider.Serving(ctx, 30*time.Second); err != nil {
 		return "", err
 	}
+	s.tell("the status page is http://%s/ui while this runs", provider.HTTPAddress)
 	kind := "the reference autoscaler"
 	if s.ground.Real() {
 		kind = "cluster-autoscaler"

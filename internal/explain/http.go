@@ -73,6 +73,10 @@ func Handler(source Source) http.Handler {
 		select {
 		case places <- struct{}{}:
 			defer func() { <-places }()
+			if q.URL.RawQuery != "" {
+				answer(w, http.StatusBadRequest, problem{Error: fmt.Sprintf("unknown parameters %.40q: none is accepted", q.URL.RawQuery)})
+				return
+			}
 			mux.ServeHTTP(w, q)
 		default:
 			w.Header().Set("Retry-After", "1")

@@ -56,6 +56,7 @@ func TestHandler(t *testing.T) {
 		{"GET", "/api/v1/nodegroups/b%2Fc%20d", small, 200, `{"id":"b/c d"`},
 		{"GET", "/api/v1/nodegroups/x", small, 404, `{"error":"unknown node group \"x\"","known":["a","b/c d"]}`},
 		{"GET", "/api/v1/nodegroups/" + strings.Repeat("x", 4000), small, 404, `"known"`},
+		{"GET", "/api/v1/nodegroups?group=a", small, 400, `unknown parameters \"group=a\": none is accepted`},
 		{"GET", "/api/v1/nodegroups", none, 503, `{"error":"no plan here`},
 		{"GET", "/api/v1/nodegroups/a", none, 503, `{"error":"no plan here`},
 		{"HEAD", "/api/v1/nodegroups", small, 200, ""},

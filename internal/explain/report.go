@@ -14,6 +14,7 @@ const MaxKeys = 5
 // made, so it may be read by many at once.
 type Report struct {
 	At     time.Time `json:"at"`
+	Queue  Queue     `json:"queue"`
 	Groups []Group   `json:"node_groups"`
 }
 
@@ -112,6 +113,8 @@ type Node struct {
 	Since *time.Time `json:"since,omitempty"`
 	// LastUsed is when a job last ran here, as far as is known.
 	LastUsed *time.Time `json:"last_used,omitempty"`
+	// Jobs are the runner pods that are bound to it and have not ended.
+	Jobs int `json:"jobs,omitempty"`
 	// Decision is keep, park or release; empty where there is none to take.
 	Decision string `json:"decision,omitempty"`
 	// Score orders the nodes of a state: the lowest goes first.

@@ -17,7 +17,7 @@ import (
 // stopWithin is how long requests may take after the server was told to stop.
 const stopWithin = 5 * time.Second
 
-// HTTPConfig is what an HTTP server needs. All fields but API and Webhooks are required.
+// HTTPConfig is what an HTTP server needs. All fields but API, Webhooks, UI and Stopping are required.
 type HTTPConfig struct {
 	// Listener is where it serves; Run closes it.
 	Listener net.Listener
@@ -28,9 +28,14 @@ type HTTPConfig struct {
 	Logger *slog.Logger
 	// API serves what is below /api/, Webhooks what is below /webhooks/.
 	API, Webhooks http.Handler
+	// UI serves what is at and below /ui, and what it needs below /api/.
+	UI http.Handler
+	// Stopping is called when the server begins to stop: answers that would
+	// not end by themselves are to end then.
+	Stopping func()
 }
 
-// HTTP serves /metrics, /healthz (the process runs), /readyz, /api/ and /webhooks/.
+// HTTP serves /metrics, /healthz (the process runs), /readyz, /api/, /webhooks/ and /ui.
 type HTTP struct {
 	listener net.Listener
 	server   *http.Server
@@ -65,7 +70,12 @@ func NewHTTP(c HTTPConfig) (*HTTP, error) {
 	if c.Webhooks != nil {
 		mux.Handle("/webhooks/", c.Webhooks)
 	}
-	return &HTTP{listener: c.Listener, server: &http.Server{
+	if c.UI != nil {
+		for _, path := range []string{"/ui", "/ui/", "/api/v1/timeline", "/api/v1/savings"} {
+			mux.Handle(path, c.UI)
+		}
+	}
+	server := &http.Server{
 		Handler:           mux,
 		ErrorLog:          errorLog,
 		ReadHeaderTimeout: 5 * time.Second,
@@ -73,7 +83,11 @@ func NewHTTP(c HTTPConfig) (*HTTP, error) {
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    16 << 10,
-	}}, nil
+	}
+	if c.Stopping != nil {
+		server.RegisterOnShutdown(c.Stopping)
+	}
+	return &HTTP{listener: c.Listener, server: server}, nil
 }
 
 // Run serves until ctx ends, lets requests finish for a few seconds and

@@ -19,14 +19,27 @@ import (
 // New returns a logger that writes lines to w. format is json or text, level
 // is debug, info, warn or error; the error names the accepted values.
 func New(w io.Writer, format, level string) (*slog.Logger, error) {
+	least, err := ParseLevel(level)
+	if err != nil {
+		return nil, err
+	}
+	return NewLevelled(w, format, least)
+}
+
+// ParseLevel reads debug, info, warn or error; the error names them.
+func ParseLevel(level string) (slog.Level, error) {
 	var least slog.Level
 	switch strings.ToLower(level) {
 	case "debug", "info", "warn", "error":
 		_ = least.UnmarshalText([]byte(level)) // knows these four
-	default:
-		return nil, fmt.Errorf("log level %q: want debug, info, warn or error", level)
+		return least, nil
 	}
-	options := &slog.HandlerOptions{Level: least}
+	return 0, fmt.Errorf("log level %q: want debug, info, warn or error", level)
+}
+
+// NewLevelled is New with a level that may change while the logger is in use.
+func NewLevelled(w io.Writer, format string, level slog.Leveler) (*slog.Logger, error) {
+	options := &slog.HandlerOptions{Level: level}
 	switch format {
 	case "json":
 		return slog.New(slog.NewJSONHandler(w, options)), nil

@@ -31,6 +31,11 @@ type Metrics struct {
 	Vetoes           *prometheus.CounterVec // nodegroup, reason
 	AnnotationErrors *prometheus.GaugeVec   // nodegroup
 
+	// Saved is what warm caches saved the jobs that ended, Spent what nodes cost
+	// by their prices.
+	Saved *prometheus.CounterVec // nodegroup; seconds
+	Spent *prometheus.CounterVec // nodegroup, tier; dollars
+
 	Placements *prometheus.CounterVec // result
 
 	CloudRequestDuration *prometheus.HistogramVec // operation, code; seconds
@@ -76,6 +81,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Vetoes:           counters("hearth_veto_total", "Requests of cluster-autoscaler to delete nodes that were vetoed, by reason.", "nodegroup", "reason"),
 		AnnotationErrors: gauges("hearth_annotation_errors", "Annotations of the node group that cannot be used and are ignored.", "nodegroup"),
 
+		Saved: counters("hearth_saved_seconds_total", "Time that warm caches saved the CI jobs that ended, as far as was learnt.", "nodegroup"),
+		Spent: counters("hearth_spent_dollars_total", "What nodes cost by node-price and parked-price, by tier: running, parked.", "nodegroup", "tier"),
+
 		Placements: counters("hearth_placement_requests_total", "Pods that the placement webhook was asked about: placed, late (warm nodes exist and have been full for long), says (the pod says itself where to run), foreign (no runner pod of a known key), bad (cannot be read).", "result"),
 
 		CloudRequestDuration: histograms("hearth_cloud_request_duration_seconds", "Duration of requests to the cloud by operation and result.",
@@ -102,7 +110,7 @@ func (m *Metrics) ForgetGroup(id string) {
 	group := prometheus.Labels{"nodegroup": id}
 	for _, vec := range []interface{ DeletePartialMatch(prometheus.Labels) int }{
 		m.Nodes, m.TargetSize, m.HiddenNodes, m.Jobs, m.JobWait, m.JobsPending, m.ScaleEvents, m.Vetoes, m.AnnotationErrors,
-		m.EngineCacheBytes, m.EngineClients,
+		m.EngineCacheBytes, m.EngineClients, m.Saved, m.Spent,
 	} {
 		vec.DeletePartialMatch(group)
 	}
