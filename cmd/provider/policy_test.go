@@ -46,6 +46,8 @@ func TestPolicy(t *testing.T) {
 		"group-bitcoin":       bitcoin.groupOnly,
 		"group-multi":         multi.groupOnly,
 		"forecast":            func() string { return prewarming(bitcoin, multi) },
+		"forecast-learnt":     func() string { return learnt(bitcoin, multi) },
+		"queued":              func() string { return queued(bitcoin, multi) },
 		"sensitivity-bitcoin": bitcoin.sensitivity,
 		"sensitivity-multi":   multi.sensitivity,
 		"disk":                bitcoin.disk,
@@ -337,11 +339,63 @@ func prewarming(studies ...study) string {
 	return b.String()
 }
 
+// shares are those of the jobs that wait for nothing but their pod, for a
+// resume, a boot and another job, as cells of a table.
+func shares(s simulate.Summary) string {
+	nothing := 1 - s.ResumeShare() - s.BootShare() - s.QueueShare()
+	return fmt.Sprintf("%.1f %% | %.1f %% | %.1f %% | %.1f %%", 100*nothing, 100*s.ResumeShare(), 100*s.BootShare(), 100*s.QueueShare())
+}
+
+// learnt compares hearth with and without its forecast's starts on the second
+// half of each trace, when it has learnt from the first, at equal money for that
+// half.
+func learnt(studies ...study) string {
+	var b strings.Builder
+	b.WriteString("| trace | policy | infra $ | wait for nothing | a resume | a boot | another job |\n|---|---|--:|--:|--:|--:|--:|\n")
+	for _, s := range studies {
+		s.options.Halves = true
+		for _, value := range []float64{30, 60, 90} {
+			with := s.one(fmt.Sprintf("hearth@%g", value))
+			without := s.one(s.equalMoney("hearth-no-prewarm", value, spent(with)))
+			for _, r := range []simulate.Result{with, without} {
+				fmt.Fprintf(&b, "| %s | %s | %.0f | %s |\n", s.trace.Name, r.Name, r.Second.Infrastructure, shares(*r.Second))
+			}
+		}
+	}
+	return b.String()
+}
+
+// queued compares hearth that hears of jobs when they are queued with hearth
+// that does when they have a pod.
+func queued(studies ...study) string {
+	var b strings.Builder
+	b.WriteString("| trace | pod after | policy | wait for nothing more | a resume | a boot | another job | median | p95 | infra $ | total $ |\n|---|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|\n")
+	for _, s := range studies {
+		for _, lag := range []time.Duration{10 * time.Second, 30 * time.Second, time.Minute} {
+			s.world.PodLag = lag
+			for _, name := range []string{"hearth", "hearth-no-prescale"} {
+				r := s.one(name)
+				fmt.Fprintf(&b, "| %s | %.0f s | %s | %s | %d s | %d s | %.0f | %.0f |\n", s.trace.Name, lag.Seconds(), name,
+					shares(r.Summary), r.WaitP50, r.WaitP95, r.Infrastructure, r.Total())
+			}
+		}
+	}
+	return b.String()
+}
+
+// spent is the money for nodes, of the second half if the halves are told apart.
+func spent(r simulate.Result) float64 {
+	if r.Second != nil {
+		return r.Second.Infrastructure
+	}
+	return r.Infrastructure
+}
+
 // equalMoney finds the time-value, to 10 ct/h, at which the policy spends most
 // nearly that money: from that of the other up to three times of it.
 func (s study) equalMoney(policy string, value, money float64) string {
 	name := func(tenths int) string { return fmt.Sprintf("%s@%g", policy, float64(tenths)/10) }
-	spends := func(tenths int) float64 { return s.one(name(tenths)).Infrastructure }
+	spends := func(tenths int) float64 { return spent(s.one(name(tenths))) }
 	low, high := int(value*5), int(value*30)
 	for high-low > 1 {
 		if middle := (low + high) / 2; spends(middle) < money {

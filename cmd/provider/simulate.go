@@ -83,6 +83,7 @@ func (f *simulateFlags) register(flags *pflag.FlagSet) {
 	w := &f.world
 	flags.DurationVar(&w.Boot, "boot", w.Boot, "time from launching a node until it runs jobs")
 	flags.DurationVar(&w.Resume, "resume", w.Resume, "time from resuming a parked node until it runs jobs")
+	flags.DurationVar(&w.PodLag, "pod-lag", w.PodLag, "time from a job being queued to its pod, by which hearth hears of it earlier than the others and hearth-no-prescale")
 	flags.DurationVar(&w.ReleaseLag, "release-lag", w.ReleaseLag, "time for which a released node still costs its price")
 	flags.Float64Var(&w.Price, "price", w.Price, "$/h of a running node")
 	flags.Float64Var(&w.ParkedPrice, "parked-price", 0, "$/h of a parked node (default 3 % of --price)")

@@ -28,18 +28,18 @@ func baselines() []NamedPolicy {
 		}
 	}
 	return []NamedPolicy{
-		{"ca-default", "cluster-autoscaler: gone after 10 min idle; kube-scheduler places on the least allocated node", release(10 * time.Minute)},
-		{"ca-60m", "the same with scale-down-unneeded-time 60 min", release(time.Hour)},
-		{"karpenter-empty", "Karpenter, WhenEmpty: gone after 30 s idle", release(30 * time.Second)},
-		{"always-on", "as many nodes as the busiest moment needs, never released", newAlwaysOn},
-		{"scheduled", "a pool for the average load of office hours (Mon-Fri 08-19 UTC) is kept through them; else as ca-default", newScheduled},
-		{"oldest-first", "Escalator: below 40 % (10 %) utilisation the 2 (5) oldest idle nodes go each minute, above 70 % nodes are added", newOldestFirst},
-		{"warm-pool-any", "stopped after 5 min idle, for 72 h at most; any stopped node comes back, kube-scheduler places", newWarmPoolAny},
-		{"ttl-histogram", "hybrid histogram keep-alive per key (Shahrad et al., ATC 2020): parked outside the 5th to 99th percentile of the key's idle times", newHistogram},
-		{"greedy-dual", "keep-alive as caching (Fuerst and Sharma, ASPLOS 2021): nodes stay until the pool is full, then the least frequency times cost goes", newGreedyDual},
-		{"simple-park-1m", "parked after 1 min idle, for 72 h at most; the warmest node comes back", simple(time.Minute)},
-		{"simple-park-5m", "the same after 5 min", simple(5 * time.Minute)},
-		{"simple-park-10m", "the same after 10 min", simple(10 * time.Minute)},
+		{Name: "ca-default", Doc: "cluster-autoscaler: gone after 10 min idle; kube-scheduler places on the least allocated node", New: release(10 * time.Minute)},
+		{Name: "ca-60m", Doc: "the same with scale-down-unneeded-time 60 min", New: release(time.Hour)},
+		{Name: "karpenter-empty", Doc: "Karpenter, WhenEmpty: gone after 30 s idle", New: release(30 * time.Second)},
+		{Name: "always-on", Doc: "as many nodes as the busiest moment needs, never released", New: newAlwaysOn},
+		{Name: "scheduled", Doc: "a pool for the average load of office hours (Mon-Fri 08-19 UTC) is kept through them; else as ca-default", New: newScheduled},
+		{Name: "oldest-first", Doc: "Escalator: below 40 % (10 %) utilisation the 2 (5) oldest idle nodes go each minute, above 70 % nodes are added", New: newOldestFirst},
+		{Name: "warm-pool-any", Doc: "stopped after 5 min idle, for 72 h at most; any stopped node comes back, kube-scheduler places", New: newWarmPoolAny},
+		{Name: "ttl-histogram", Doc: "hybrid histogram keep-alive per key (Shahrad et al., ATC 2020): parked outside the 5th to 99th percentile of the key's idle times", New: newHistogram},
+		{Name: "greedy-dual", Doc: "keep-alive as caching (Fuerst and Sharma, ASPLOS 2021): nodes stay until the pool is full, then the least frequency times cost goes", New: newGreedyDual},
+		{Name: "simple-park-1m", Doc: "parked after 1 min idle, for 72 h at most; the warmest node comes back", New: simple(time.Minute)},
+		{Name: "simple-park-5m", Doc: "the same after 5 min", New: simple(5 * time.Minute)},
+		{Name: "simple-park-10m", Doc: "the same after 10 min", New: simple(10 * time.Minute)},
 	}
 }
 

@@ -49,7 +49,10 @@ func Run(t Trace, w World, named NamedPolicy, o Options) (Result, error) {
 	}
 	e := &engine{
 		options: o, jobs: t.Jobs, fleet: Fleet{World: w},
-		boot: seconds(w.Boot), resume: seconds(w.Resume), lag: seconds(w.ReleaseLag),
+		boot: seconds(w.Boot), resume: seconds(w.Resume), lag: seconds(w.ReleaseLag), podLag: seconds(w.PodLag),
+	}
+	if !named.Queued {
+		e.hears = e.podLag
 	}
 	e.internKeys(o.GroupOnly)
 	begin := t.Jobs[0].Arrival - e.boot
@@ -71,10 +74,13 @@ type engine struct {
 	policy            Policy
 	fleet             Fleet
 	boot, resume, lag int64
-	events            schedule
-	wake              int64 // when the policy wants to plan again, 0 never
-	offer             bool  // something has changed that a waiting job may use
-	meter             *meter
+	// podLag is how long after its arrival a job has a pod, hears how long after
+	// it the policy hears of it.
+	podLag, hears int64
+	events        schedule
+	wake          int64 // when the policy wants to plan again, 0 never
+	offer         bool  // something has changed that a waiting job may use
+	meter         *meter
 }
 
 // internKeys numbers the keys in their order, so that the numbers do not
@@ -142,7 +148,7 @@ func (e *engine) advance() error {
 		}
 	}
 	if e.next < len(e.jobs) {
-		earliest(e.jobs[e.next].Arrival)
+		earliest(e.jobs[e.next].Arrival + e.hears)
 	}
 	if len(e.events.list) > 0 {
 		earliest(e.events.list[0].at)
@@ -172,7 +178,7 @@ func (e *engine) happen() error {
 			e.ready(ev.node)
 		}
 	}
-	for e.next < len(e.jobs) && e.jobs[e.next].Arrival == e.fleet.Now {
+	for e.next < len(e.jobs) && e.jobs[e.next].Arrival+e.hears == e.fleet.Now {
 		j := &e.jobs[e.next]
 		p := &Pod{ID: j.ID, Arrival: j.Arrival, Key: e.knows[e.next], job: j, holds: e.holds[e.next]}
 		e.next++
@@ -367,12 +373,12 @@ func (e *engine) start(p *Pod, n *Node) {
 	}
 	_, p.Warm = f.Warm(n, p.Key)
 	_, warm := f.warm(n.held, p.holds)
-	p.Node, p.Started, p.Took = n, f.Now, p.job.Duration
+	p.Node, p.Started, p.Took = n, max(f.Now, p.job.Arrival+e.podLag), p.job.Duration
 	if !warm {
 		p.Took = f.World.Cold(p.job.Duration)
 	}
-	e.events.add(event{at: f.Now + p.Took, pod: p})
-	e.meter.started(p, warm)
+	e.events.add(event{at: p.Started + p.Took, pod: p})
+	e.meter.started(p, warm, f.Now > p.job.Arrival+e.podLag)
 }
 
 func (e *engine) launch() *Node {

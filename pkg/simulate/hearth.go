@@ -46,6 +46,8 @@ type Knobs struct {
 	Trust float64
 	// NoPark, NoPrewarm: nodes are never parked, or never started ahead.
 	NoPark, NoPrewarm bool
+	// NoPrescale: jobs are not heard of before they have a pod.
+	NoPrescale bool
 }
 
 // defaultPenalty is the default of the annotation cold-penalty.

@@ -80,6 +80,9 @@ type NamedPolicy struct {
 	// New makes a policy for one run. It may look into the trace only for the
 	// size of a pool that a person would have had to choose.
 	New func(Trace, World, *rand.Rand) Policy
+	// Queued: it hears of jobs when they are queued, others when they have a
+	// pod.
+	Queued bool
 }
 
 // Policies lists every policy once, in the order of reports: what people run
@@ -98,6 +101,10 @@ const ours = "hearth"
 // on request, and is not among the policies.
 const noPrewarm = ours + "-no-prewarm"
 
+// noPrescale is the live policy that neither hears of queued jobs nor starts
+// anything ahead, as with the annotation prescale: off.
+const noPrescale = ours + "-no-prescale"
+
 // hearthAt is the live policy with another time-value.
 func hearthAt(timeValue float64) NamedPolicy {
 	value := strconv.FormatFloat(timeValue, 'f', -1, 64)
@@ -105,12 +112,13 @@ func hearthAt(timeValue float64) NamedPolicy {
 }
 
 func hearthWith(name, doc string, k Knobs) NamedPolicy {
-	return NamedPolicy{name, doc, func(_ Trace, w World, _ *rand.Rand) Policy { return newHearth(w, k) }}
+	return NamedPolicy{Name: name, Doc: doc, Queued: !k.NoPrescale, New: func(_ Trace, w World, _ *rand.Rand) Policy { return newHearth(w, k) }}
 }
 
 // FindPolicy returns the policy of that name, or an error that lists the known
 // ones. hearth@ and a number is hearth with that time-value; hearth-no-prewarm,
-// with a time-value or not, starts nothing ahead of demand.
+// with a time-value or not, starts nothing ahead of demand, and hearth-no-prescale
+// neither hears of queued jobs.
 func FindPolicy(name string) (NamedPolicy, error) {
 	var known []string
 	for _, p := range Policies() {
@@ -120,7 +128,7 @@ func FindPolicy(name string) (NamedPolicy, error) {
 		known = append(known, p.Name)
 	}
 	base, value, at := strings.Cut(name, "@")
-	if base == noPrewarm || base == ours {
+	if base == noPrewarm || base == noPrescale || base == ours {
 		var k Knobs
 		if at {
 			var err error
@@ -132,7 +140,10 @@ func FindPolicy(name string) (NamedPolicy, error) {
 		if base == ours {
 			return hearthAt(k.TimeValue), nil
 		}
-		k.NoPrewarm = true
+		k.NoPrewarm, k.NoPrescale = true, base == noPrescale
+		if k.NoPrescale {
+			return hearthWith(name, "hearth that starts nothing before there is a pod", k), nil
+		}
 		return hearthWith(name, "hearth without starts ahead of demand", k), nil
 	}
 	slices.Sort(known)

@@ -22,7 +22,7 @@ type Summary struct {
 	Jobs, Warm int
 	// AfterBoot, AfterResume and AfterJob are the jobs that waited: until
 	// their node had booted, had resumed, or until another job had ended. The
-	// others started at once.
+	// others started as soon as they had a pod.
 	AfterBoot, AfterResume, AfterJob int
 	// WaitP50, WaitP95 and WaitP99 are percentiles of all jobs' waiting, in
 	// seconds (nearest rank).
@@ -146,15 +146,15 @@ func (m *meter) add(from, to int64, nodes [states]int, waiting int) {
 	}
 }
 
-// started counts a job at its start. A node that became ready at that very
-// instant is what it waited for.
-func (m *meter) started(p *Pod, warm bool) {
+// started counts a job at its start; waited says whether it waited for more than
+// its pod. A node that became ready at that very instant is what it waited for.
+func (m *meter) started(p *Pod, warm, waited bool) {
 	half := 0
 	if p.Arrival >= m.middle {
 		half = 1
 	}
 	s := &m.jobs[half]
-	wait := p.Started - p.Arrival
+	wait := p.Started - p.job.Arrival
 	s.Jobs++
 	s.Waited += wait
 	s.Slowed += p.Took - p.job.Duration
@@ -163,7 +163,7 @@ func (m *meter) started(p *Pod, warm bool) {
 		s.Warm++
 	}
 	switch {
-	case wait == 0:
+	case !waited:
 	case p.Node.Ready != p.Started:
 		s.AfterJob++
 	case p.Node.resumed:

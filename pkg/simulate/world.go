@@ -12,6 +12,9 @@ type World struct {
 	// Boot is how long a launched node takes until it runs jobs, with an empty
 	// cache; Resume how long a parked one takes, with its cache intact.
 	Boot, Resume time.Duration
+	// PodLag is how long after it was queued a job has a pod, and may run. Only
+	// policies that hear of queued jobs know of it before.
+	PodLag time.Duration
 	// ReleaseLag is how long a released node, parked or gone, still costs its
 	// running price and can run nothing: drain, clean stop of the engine, stop
 	// of the instance.
@@ -59,7 +62,7 @@ func (w World) Validate() error {
 	for _, d := range []struct {
 		name  string
 		value time.Duration
-	}{{"boot", w.Boot}, {"resume", w.Resume}, {"release lag", w.ReleaseLag}, {"warm-for", w.WarmFor}} {
+	}{{"boot", w.Boot}, {"resume", w.Resume}, {"pod lag", w.PodLag}, {"release lag", w.ReleaseLag}, {"warm-for", w.WarmFor}} {
 		if d.value < 0 || d.value%time.Second != 0 || d.value > 365*24*time.Hour {
 			return fmt.Errorf("%s is %s, want whole seconds from 0 to 365 days", d.name, d.value)
 		}
