@@ -36,6 +36,9 @@ type wanted struct {
 	// cache key, for each group.
 	taken map[model.GroupID]int
 	keys  map[model.GroupID]map[scoring.Key]int
+	// coming are the runners without a pod that ask for a group, with when they
+	// were created.
+	coming map[model.GroupID][]time.Time
 	// unmatched are the labels of jobs that no group may run and that people
 	// were told of.
 	unmatched map[string]bool
@@ -67,6 +70,16 @@ func (o *owner) hear(jobs []demand.Job, listings []demand.Listing) {
 	if changed {
 		o.demand.timer.Reset(gather)
 	}
+}
+
+// expect takes in which runners are to have a pod soon.
+func (o *owner) expect(coming map[model.GroupID][]time.Time) {
+	for id, since := range coming {
+		if len(since) > len(o.demand.coming[id]) {
+			o.demand.timer.Reset(gather)
+		}
+	}
+	o.demand.coming = coming
 }
 
 // seeDemand takes in what a runner pod says of jobs.
@@ -185,6 +198,13 @@ func (o *owner) supply(now time.Time) (groups []demand.Group, pods map[model.Gro
 			pods[p.Group]++
 			if now.Sub(p.Created) < podsFor {
 				recent[p.Group]++
+			}
+		}
+	}
+	for id, since := range o.demand.coming {
+		for _, at := range since {
+			if now.Sub(at) < podsFor {
+				recent[id]++
 			}
 		}
 	}

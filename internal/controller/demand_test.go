@@ -70,6 +70,45 @@ func TestQueuedJobsStartNodes(t *testing.T) {
 	})
 }
 
+// Nodes start when runners are created, before their pods; a job that is seen
+// as event, as runner and as pod is one job; a runner that never gets a pod is
+// no reason for long.
+func TestRunnersStartNodes(t *testing.T) {
+	experiment(t, linux("max-idle", "2m"), func(t *testing.T, l *lab) {
+		l.start()
+		l.refresh()
+		coming := func(n int) {
+			since := make([]time.Time, n)
+			for i := range since {
+				since[i] = time.Now()
+			}
+			l.world.RunnersComing(runners, since)
+		}
+		coming(2)
+		l.within(time.Second, "a launch", func() bool { return l.cloud.desired(runners) == 2 })
+		l.queue(demand.Queued, 2)
+		coming(2)
+		time.Sleep(time.Second)
+		coming(0)
+		for range 2 {
+			l.cluster.job("repo", 10*time.Minute, "")
+		}
+		l.settle()
+		l.refresh()
+		l.must(l.increase(runners, 2))
+		l.queue(demand.Running, 2)
+		l.within(2*time.Minute, "two busy nodes", func() bool {
+			return len(l.ready()) == 2 && l.cluster.jobs(l.ready()[0].Name)+l.cluster.jobs(l.ready()[1].Name) == 2
+		})
+		if l.cloud.launches() != 2 {
+			t.Errorf("%d launched for two jobs", l.cloud.launches())
+		}
+		coming(1) // for ever
+		l.within(5*time.Second, "a third", func() bool { return l.cloud.desired(runners) == 3 })
+		l.always(30*time.Minute, "no fourth", func() bool { return l.cloud.launches() <= 3 })
+	})
+}
+
 // Jobs that are cancelled before their pods came leave ordinary idle nodes.
 func TestCancelledJobsLeaveIdleNodes(t *testing.T) {
 	experiment(t, linux("max-idle", "2m"), func(t *testing.T, l *lab) {

@@ -183,6 +183,7 @@ func (o *owner) loop() {
 			o.observe(o.cfg.World.take())
 			o.sampled(o.cfg.World.takeUses())
 			o.hear(o.cfg.World.takeJobs())
+			o.expect(o.cfg.World.runnersComing())
 		case <-o.demand.timer.C:
 			o.meetDemand(time.Now())
 		case r := <-o.results:

@@ -2,6 +2,7 @@ package controller
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -31,6 +32,7 @@ type World struct {
 	uses        map[model.NodeName]model.EngineUse
 	jobs        []demand.Job
 	listings    []demand.Listing
+	coming      map[model.GroupID][]time.Time
 	annotations map[model.GroupID]map[string]string
 	wake        chan struct{}
 }
@@ -59,6 +61,7 @@ func NewWorld(groups []model.NodeGroup) *World {
 		nodes:       map[model.NodeName]nodeChange{},
 		pods:        map[podKey]podChange{},
 		uses:        map[model.NodeName]model.EngineUse{},
+		coming:      map[model.GroupID][]time.Time{},
 		annotations: map[model.GroupID]map[string]string{},
 		wake:        make(chan struct{}, 1),
 	}
@@ -214,6 +217,24 @@ func (w *World) JobsListed(l demand.Listing) bool {
 	w.listings = append(w.listings, l)
 	w.changed()
 	return true
+}
+
+// RunnersComing notes when the runners were created that ask for the group and
+// have no pod yet.
+func (w *World) RunnersComing(group model.GroupID, since []time.Time) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.coming[group] = since; len(since) == 0 {
+		delete(w.coming, group)
+	}
+	w.changed()
+}
+
+// runnersComing returns them by group.
+func (w *World) runnersComing() map[model.GroupID][]time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return maps.Clone(w.coming)
 }
 
 // takeJobs returns what CI systems told since the last call, in that order.

@@ -38,6 +38,9 @@ type Sink interface {
 	PodChanged(model.Pod)
 	// PodGone tells the last that was known of a pod that was deleted.
 	PodGone(model.Pod)
+	// RunnersComing tells when the runners were created that ask for the group by
+	// name and have no pod yet, the oldest first.
+	RunnersComing(group model.GroupID, since []time.Time)
 	// AnnotationsChanged tells the annotations with Hearth's prefix that
 	// people put on the group's object; none when the object is gone.
 	AnnotationsChanged(model.GroupID, map[string]string)
@@ -80,6 +83,10 @@ type Feed struct {
 	runners  *mirror[runnerJob]
 	jobs     map[types.NamespacedName]runnerJob
 	podNames map[types.NamespacedName]types.UID
+	// coming are the runners without a pod, by the label of their group, met
+	// those that have or had one.
+	coming map[string]map[types.NamespacedName]time.Time
+	met    map[types.NamespacedName]bool
 }
 
 // groupNotes is what people write about a group.
@@ -96,6 +103,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 	f := &Feed{
 		cfg: cfg, nodeLabels: map[model.NodeName]string{}, labelled: map[string]model.GroupID{},
 		jobs: map[types.NamespacedName]runnerJob{}, podNames: map[types.NamespacedName]types.UID{},
+		coming: map[string]map[types.NamespacedName]time.Time{}, met: map[types.NamespacedName]bool{},
 	}
 	f.reader = podReader{
 		engines: cfg.Engines,
@@ -129,6 +137,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 		},
 		changed: func(p model.Pod) {
 			f.podNames[nameOf(p)] = types.UID(p.UID)
+			f.meet(p)
 			cfg.Sink.PodChanged(p)
 		},
 		another: func(before, now model.Pod) bool { return before.Kind != now.Kind }, // its labels were changed
@@ -136,13 +145,16 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 			if f.podNames[nameOf(p)] == types.UID(p.UID) {
 				delete(f.podNames, nameOf(p))
 			}
+			if _, known := f.jobs[nameOf(p)]; !known {
+				delete(f.met, nameOf(p))
+			}
 			cfg.Sink.PodGone(p)
 		},
 	}
 	f.runners = &mirror[runnerJob]{
 		feed: f, items: map[types.UID]runnerJob{}, synced: make(chan struct{}),
 		strip: stripRunner, read: readRunner,
-		changed: f.runnerChanged, gone: func(r runnerJob) { delete(f.jobs, r.name) },
+		changed: f.runnerChanged, gone: f.runnerGone,
 	}
 	f.groups = &mirror[groupNotes]{
 		feed: f, items: map[types.UID]groupNotes{}, synced: make(chan struct{}),

@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
@@ -48,7 +49,11 @@ func (s *logSink) NodeGone(n model.Node)    { s.note("node %s %s gone", n.Name, 
 func (s *logSink) PodChanged(p model.Pod) {
 	s.note("pod %s %s on %q key %q engine=%v finished=%v", p.Name, p.UID, p.Node, p.Key, p.Kind == model.PodEngine, !p.Finished.IsZero())
 }
-func (s *logSink) PodGone(p model.Pod) { s.note("pod %s %s gone", p.Name, p.UID) }
+func (s *logSink) PodGone(p model.Pod)                   { s.note("pod %s %s gone", p.Name, p.UID) }
+func (discard) RunnersComing(model.GroupID, []time.Time) {}
+
+func (*logSink) RunnersComing(model.GroupID, []time.Time) {}
+
 func (s *logSink) AnnotationsChanged(g model.GroupID, a map[string]string) {
 	s.note("annotations of %s: %v", g, a)
 }

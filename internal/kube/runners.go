@@ -2,6 +2,8 @@ package kube
 
 import (
 	"context"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -11,6 +13,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/hearth-ci/hearth/api/v1alpha1"
 	"github.com/hearth-ci/hearth/pkg/model"
 )
 
@@ -24,11 +27,16 @@ func ephemeralRunner(kind string) schema.GroupVersionKind {
 	return schema.GroupVersionKind{Group: "actions.github.com", Version: "v1alpha1", Kind: kind}
 }
 
-// runnerJob is what an EphemeralRunner's status tells of its job.
+// runnerJob is what an EphemeralRunner tells of its job and of its pod.
 type runnerJob struct {
 	name types.NamespacedName
 	key  model.CacheKey // empty when it does not say
 	busy bool           // it has a job
+	// group is the value of the node group's label that its pod will ask for,
+	// empty when it asks for none.
+	group   string
+	created time.Time
+	ended   bool
 }
 
 func nameOf(p model.Pod) types.NamespacedName {
@@ -67,6 +75,7 @@ func (f *Feed) followRunners(ctx context.Context) {
 // or is known to have none yet.
 func (f *Feed) runnerChanged(r runnerJob) {
 	f.jobs[r.name] = r
+	f.tellComing(r)
 	uid := f.podNames[r.name]
 	p, known := f.pods.items[uid]
 	if !known || p.Kind != model.PodRunner {
@@ -80,6 +89,43 @@ func (f *Feed) runnerChanged(r runnerJob) {
 	f.cfg.Sink.PodChanged(p)
 }
 
+func (f *Feed) runnerGone(r runnerJob) {
+	delete(f.jobs, r.name)
+	r.ended = true
+	f.tellComing(r)
+	delete(f.met, r.name)
+}
+
+// meet notes that a pod is there: its runner's is not to come any more.
+func (f *Feed) meet(p model.Pod) {
+	if r, known := f.jobs[nameOf(p)]; known || p.Kind == model.PodRunner {
+		f.met[nameOf(p)] = true
+		f.tellComing(r)
+	}
+}
+
+// tellComing tells of the runners that ask for r's group and have no pod yet. A
+// runner is there seconds before its pod: it is registered with GitHub first.
+// The sets of runners would say so hardly earlier, and say wrongly that runners
+// are missing from when one ends until the set is scaled down.
+func (f *Feed) tellComing(r runnerJob) {
+	if r.group == "" {
+		return
+	}
+	if r.ended || r.busy || f.met[r.name] {
+		if _, told := f.coming[r.group][r.name]; !told {
+			return
+		}
+		delete(f.coming[r.group], r.name)
+	} else {
+		if f.coming[r.group] == nil {
+			f.coming[r.group] = map[types.NamespacedName]time.Time{}
+		}
+		f.coming[r.group][r.name] = r.created
+	}
+	f.cfg.Sink.RunnersComing(f.groupOf(r.group), slices.SortedFunc(maps.Values(f.coming[r.group]), time.Time.Compare))
+}
+
 // ofRunner fills in what the EphemeralRunner of a pod tells.
 func (f *Feed) ofRunner(p *model.Pod) {
 	r, known := f.jobs[nameOf(*p)]
@@ -89,8 +135,21 @@ func (f *Feed) ofRunner(p *model.Pod) {
 func stripRunner(obj any) {
 	if o, ok := obj.(*unstructured.Unstructured); ok {
 		o.SetManagedFields(nil)
+		group := askedGroup(o)
 		unstructured.RemoveNestedField(o.Object, "spec")
+		if group != "" {
+			_ = unstructured.SetNestedField(o.Object, group, podSelector()...)
+		}
 	}
+}
+
+// podSelector is where an EphemeralRunner says on which node group its pod is
+// to run: its spec has a pod template's in it.
+func podSelector() []string { return []string{"spec", "spec", "nodeSelector", v1alpha1.NodeGroupLabel} }
+
+func askedGroup(o *unstructured.Unstructured) string {
+	group, _, _ := unstructured.NestedString(o.Object, podSelector()...) // of another type: none
+	return group
 }
 
 // readRunner reads what a runner does. Which of the fields that tell of its job
@@ -115,7 +174,12 @@ func readRunner(obj any) (runnerJob, bool) {
 		return strings.TrimSpace(value)
 	}
 	key := jobKey(text("jobRepositoryName"), text("jobWorkflowRef"))
-	return runnerJob{types.NamespacedName{Namespace: o.GetNamespace(), Name: o.GetName()}, key, busy}, true
+	phase := text("phase")
+	return runnerJob{
+		name: types.NamespacedName{Namespace: o.GetNamespace(), Name: o.GetName()}, key: key, busy: busy,
+		group: askedGroup(o), created: o.GetCreationTimestamp().Time,
+		ended: o.GetDeletionTimestamp() != nil || phase == "Succeeded" || phase == "Failed",
+	}, true
 }
 
 // jobKey names the pipeline of a GitHub job: its repository and its workflow,

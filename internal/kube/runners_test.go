@@ -177,3 +177,83 @@ func TestJobsOfEphemeralRunners(t *testing.T) {
 		}
 	})
 }
+
+// comingSink remembers how many runners are to have a pod.
+type comingSink struct {
+	logSink
+	state sync.Mutex
+	last  map[model.GroupID][]time.Time
+}
+
+func (s *comingSink) RunnersComing(g model.GroupID, since []time.Time) {
+	s.state.Lock()
+	defer s.state.Unlock()
+	s.last[g] = since
+}
+
+// A runner that asks for a node group counts from its creation to its pod, and
+// never again, whichever is seen first.
+func TestRunnersComing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		set := map[string]string{"actions.github.com/scale-set-namespace": "arc", "actions.github.com/scale-set-name": "linux"}
+		asking := func(name, uid string, status map[string]any) *unstructured.Unstructured {
+			o := runnerObject(name, uid, status)
+			o.Object["spec"] = map[string]any{
+				"jitToken": "secret", "spec": map[string]any{"nodeSelector": map[string]any{"hearth.dev/node-group": "runners", "disk": "ssd"}},
+			}
+			return o
+		}
+		c := newClient(t, interceptor.Funcs{}, pod("had", "p1", "n", set), asking("had", "r1", nil), asking("done", "r2", map[string]any{"phase": "Succeeded"}), runnerObject("anywhere", "r3", nil))
+		sink := &comingSink{last: map[model.GroupID][]time.Time{}}
+		f, err := NewFeed(FeedConfig{
+			Client: listOnly{c}, Sink: sink, Engines: engineSelector(t), Logger: slog.New(slog.DiscardHandler),
+			KeysFor: func(model.GroupID) []string { return nil },
+		})
+		must(t, err)
+		ctx, cancel := context.WithCancel(t.Context())
+		var running sync.WaitGroup
+		running.Go(func() { f.Run(ctx) })
+		defer running.Wait()
+		defer cancel()
+		want := func(when string, n int) {
+			t.Helper()
+			synctest.Wait()
+			sink.state.Lock()
+			defer sink.state.Unlock()
+			if got := len(sink.last["runners"]); got != n || len(sink.last) > 1 {
+				t.Errorf("%s: %v are coming, want %d", when, sink.last, n)
+			}
+		}
+		time.Sleep(time.Minute)
+		want("at first", 0)
+		failing := asking("c", "r-c", nil)
+		for _, o := range []*unstructured.Unstructured{asking("a", "r-a", nil), asking("b", "r-b", nil), failing} {
+			must(t, c.Create(t.Context(), o))
+		}
+		want("created", 3)
+		must(t, c.Create(t.Context(), pod("a", "p-a", "", set)))
+		want("a has its pod", 2)
+		must(t, c.Delete(t.Context(), &corev1.Pod{ObjectMeta: pod("a", "p-a", "", set).ObjectMeta}))
+		want("a had its pod", 2)
+		must(t, c.Delete(t.Context(), asking("b", "r-b", nil)))
+		want("b is gone", 1)
+		failing.Object["status"] = map[string]any{"phase": "Failed"}
+		must(t, c.Update(t.Context(), failing))
+		want("c has failed", 0)
+		must(t, c.Create(t.Context(), pod("d", "p-d", "", set)))
+		must(t, c.Create(t.Context(), asking("d", "r-d", nil)))
+		want("d's pod was seen first", 0)
+		for _, name := range []string{"had", "done", "a", "c", "d"} {
+			must(t, c.Delete(t.Context(), runnerObject(name, "", nil)))
+		}
+		for name, uid := range map[string]string{"had": "p1", "d": "p-d"} {
+			must(t, c.Delete(t.Context(), &corev1.Pod{ObjectMeta: pod(name, uid, "", set).ObjectMeta}))
+		}
+		synctest.Wait()
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if len(f.met) != 0 || len(f.coming["runners"]) != 0 {
+			t.Errorf("kept: met %v, coming %v", f.met, f.coming)
+		}
+	})
+}
