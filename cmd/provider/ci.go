@@ -39,7 +39,7 @@ func (p *provider) newHearing() (*hearing, error) {
 		if s.path == "" {
 			continue
 		}
-		secret, err := ci.SecretFile(s.path, p.log)
+		secret, err := ci.SecretFile(s.path, time.Now, p.log)
 		if err != nil {
 			return nil, usageError{fmt.Errorf("%s: %w", s.field, err)}
 		}
@@ -60,7 +60,7 @@ func (p *provider) newHearing() (*hearing, error) {
 		return h, nil
 	}
 	h.poller, err = ci.NewPoller(ci.PollerConfig{
-		Repositories: c.GitHub.Repositories, Token: token, API: c.GitHub.APIURL, Every: c.GitHub.PollInterval, Sink: p.world, Logger: p.log,
+		Repositories: c.GitHub.Repositories, Token: token, API: c.GitHub.APIURL, Every: c.GitHub.PollInterval, Sink: p.world, Logger: p.log, Now: time.Now,
 	})
 	return h, err
 }

@@ -46,6 +46,7 @@ type PollerConfig struct {
 	Every  time.Duration
 	Sink   Sink
 	Logger *slog.Logger
+	Now    func() time.Time
 }
 
 // Poller asks GitHub which jobs have not ended: for clusters that no webhook
@@ -60,7 +61,7 @@ type Poller struct {
 // NewPoller returns a Poller; an error means that the configuration cannot be
 // used.
 func NewPoller(cfg PollerConfig) (*Poller, error) {
-	if len(cfg.Repositories) == 0 || cfg.Token == nil || cfg.Every <= 0 || cfg.Sink == nil || cfg.Logger == nil {
+	if len(cfg.Repositories) == 0 || cfg.Token == nil || cfg.Every <= 0 || cfg.Sink == nil || cfg.Logger == nil || cfg.Now == nil {
 		return nil, errors.New("making the poller of GitHub: a field of its configuration is missing")
 	}
 	transport := http.DefaultTransport.(*http.Transport).Clone() // always one
@@ -111,7 +112,7 @@ func (p *Poller) round(ctx context.Context) (failed bool, pause time.Duration) {
 	failed = true
 	for range p.cfg.Repositories {
 		repository := p.cfg.Repositories[p.next]
-		at := time.Now()
+		at := p.cfg.Now()
 		jobs, rest, err := p.list(ctx, repository)
 		if ctx.Err() != nil {
 			return false, 0
@@ -147,12 +148,12 @@ func (p *Poller) list(ctx context.Context, repository string) (jobs []demand.Job
 		for range mostPages {
 			found, response, err := p.client.Actions.ListRepositoryWorkflowRuns(ctx, owner, name, options)
 			if err != nil {
-				return nil, resting(response, err), fmt.Errorf("listing %s runs: %w", status, err)
+				return nil, p.resting(response, err), fmt.Errorf("listing %s runs: %w", status, err)
 			}
 			for _, run := range found.WorkflowRuns {
 				runs[run.GetID()] = run
 			}
-			rest = max(rest, resting(response, nil))
+			rest = max(rest, p.resting(response, nil))
 			if options.Page = response.NextPage; options.Page == 0 {
 				break
 			}
@@ -166,7 +167,7 @@ func (p *Poller) list(ctx context.Context, repository string) (jobs []demand.Job
 		for range mostPages {
 			found, response, err := p.client.Actions.ListWorkflowJobs(ctx, owner, name, id, options)
 			if err != nil {
-				return nil, resting(response, err), fmt.Errorf("listing the jobs of run %d: %w", id, err)
+				return nil, p.resting(response, err), fmt.Errorf("listing the jobs of run %d: %w", id, err)
 			}
 			for _, w := range found.Jobs {
 				j, err := githubJob(cmp.Or(run.GetRepository().GetFullName(), repository), w.GetStatus(), w)
@@ -178,7 +179,7 @@ func (p *Poller) list(ctx context.Context, repository string) (jobs []demand.Job
 				}
 				jobs = append(jobs, j)
 			}
-			rest = max(rest, resting(response, nil))
+			rest = max(rest, p.resting(response, nil))
 			if options.Page = response.NextPage; options.Page == 0 {
 				break
 			}
@@ -192,14 +193,14 @@ func (p *Poller) list(ctx context.Context, repository string) (jobs []demand.Job
 
 // resting is how long to pause after an answer: until the limit is reset, when
 // little of it is left.
-func resting(r *gh.Response, err error) time.Duration {
+func (p *Poller) resting(r *gh.Response, err error) time.Duration {
 	if limited := (*gh.AbuseRateLimitError)(nil); errors.As(err, &limited) {
 		return max(limited.GetRetryAfter(), time.Minute)
 	}
 	if r == nil || r.Rate.Limit <= 0 || r.Rate.Remaining > r.Rate.Limit/spareShare {
 		return 0
 	}
-	return min(max(time.Until(r.Rate.Reset.Time), time.Second), time.Hour)
+	return min(max(r.Rate.Reset.Sub(p.cfg.Now()), time.Second), time.Hour)
 }
 
 // conditional authenticates requests, and asks only for what has changed.

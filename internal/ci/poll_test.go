@@ -140,6 +140,7 @@ func (h *hub) change(f func()) {
 func (h *hub) poller(t *testing.T, sink Sink, repositories ...string) *Poller {
 	t.Helper()
 	p, err := NewPoller(PollerConfig{
+		Now:          time.Now,
 		Repositories: repositories, Token: secret("token"), API: h.URL, Every: 10 * time.Millisecond, Sink: sink, Logger: slog.New(slog.DiscardHandler),
 	})
 	if err != nil {

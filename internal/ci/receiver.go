@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"mime"
+	"net"
 	"net/http"
 	"strconv"
 	"sync"
@@ -22,10 +23,12 @@ const (
 	// maxBody is far more than a message about a job takes: some 30 kB.
 	maxBody = 256 << 10
 	// readWithin bounds how long a body may take, atOnce how many are read at
-	// the same time; whoever comes then is told to come again. Who a body is from
-	// is known only once it has been read, so that there are places for many.
+	// the same time, ofOne how many of these from one address; whoever comes then
+	// is told to come again. Who a body is from is known only once it has been
+	// read, so that there are places for many, and for others than who is slow.
 	readWithin = 5 * time.Second
 	atOnce     = 256
+	ofOne      = atOnce / 4
 	// skew is how far a sender's clock may be away from ours.
 	skew = 5 * time.Minute
 	// remembered is how many deliveries are known again.
@@ -68,6 +71,7 @@ type Receiver struct {
 	places chan struct{}
 
 	mu     sync.Mutex
+	held   map[string]int // places by address
 	seen   map[[sha256.Size]byte]bool
 	recent [][sha256.Size]byte // a ring of seen
 	next   int
@@ -103,7 +107,7 @@ func NewReceiver(cfg Config) (*Receiver, error) {
 	if cfg.Sink == nil || cfg.Leading == nil || cfg.Requests == nil || cfg.Logger == nil || cfg.Now == nil {
 		return nil, errors.New("making the CI webhooks: a field of their configuration is missing")
 	}
-	r := &Receiver{cfg: cfg, mux: http.NewServeMux(), places: make(chan struct{}, atOnce), seen: map[[sha256.Size]byte]bool{}, recent: make([][sha256.Size]byte, remembered)}
+	r := &Receiver{cfg: cfg, mux: http.NewServeMux(), places: make(chan struct{}, atOnce), held: map[string]int{}, seen: map[[sha256.Size]byte]bool{}, recent: make([][sha256.Size]byte, remembered)}
 	if cfg.GitHub != nil {
 		r.serve("/webhooks/github", github(cfg.GitHub))
 	}
@@ -144,10 +148,15 @@ func (r *Receiver) answer(w http.ResponseWriter, q *http.Request, s source) (cod
 	default:
 		return http.StatusTooManyRequests, "busy", fmt.Sprintf("%d messages are being read already", atOnce)
 	}
+	from, _, _ := net.SplitHostPort(q.RemoteAddr) // without a port: all from one place
+	if !r.hold(from) {
+		return http.StatusTooManyRequests, "busy", fmt.Sprintf("%d messages from there are being read already", ofOne)
+	}
+	defer r.release(from)
 	if kind, _, err := mime.ParseMediaType(q.Header.Get("Content-Type")); err != nil || kind != "application/json" {
 		return http.StatusUnsupportedMediaType, "malformed", "want Content-Type application/json"
 	}
-	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readWithin)) // not every writer can
+	_ = http.NewResponseController(w).SetReadDeadline(time.Now().Add(readWithin)) // the system's clock, and not every writer can
 	body, err := io.ReadAll(http.MaxBytesReader(w, q.Body, maxBody))
 	if tooBig := (*http.MaxBytesError)(nil); errors.As(err, &tooBig) {
 		return http.StatusRequestEntityTooLarge, "too-large", "want at most " + strconv.Itoa(maxBody) + " bytes"
@@ -231,6 +240,25 @@ func fits(j *demand.Job) error {
 }
 
 func named(s string) bool { return s != "" && len(s) <= maxName && utf8.ValidString(s) }
+
+// hold takes a place for an address, if it has not too many.
+func (r *Receiver) hold(from string) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.held[from] >= ofOne {
+		return false
+	}
+	r.held[from]++
+	return true
+}
+
+func (r *Receiver) release(from string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.held[from]--; r.held[from] == 0 {
+		delete(r.held, from)
+	}
+}
 
 func (r *Receiver) known(id [sha256.Size]byte) bool {
 	r.mu.Lock()

@@ -320,7 +320,7 @@ func TestRemembersSoMany(t *testing.T) {
 func TestSecretFile(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "secret")
 	log := slog.New(slog.DiscardHandler)
-	if _, err := SecretFile(path, log); err == nil {
+	if _, err := SecretFile(path, time.Now, log); err == nil {
 		t.Error("no file was taken")
 	}
 	write := func(text string) {
@@ -329,13 +329,28 @@ func TestSecretFile(t *testing.T) {
 		}
 	}
 	write(" \n")
-	if _, err := SecretFile(path, log); err == nil || !strings.Contains(err.Error(), "is empty") {
+	if _, err := SecretFile(path, time.Now, log); err == nil || !strings.Contains(err.Error(), "is empty") {
 		t.Errorf("an empty file: %v", err)
 	}
 	write("one\n")
-	s, err := SecretFile(path, log)
+	now := time.Now()
+	s, err := SecretFile(path, func() time.Time { return now }, log)
 	if err != nil || string(s()) != "one" {
 		t.Errorf("%q, %v", s(), err)
+	}
+	write("two\n")
+	if string(s()) != "one" {
+		t.Error("the file is read for every message")
+	}
+	now = now.Add(lookAgain)
+	if string(s()) != "two" {
+		t.Error("a changed file is not noticed")
+	}
+	for what, spoil := range map[string]func(){"emptied": func() { write("") }, "deleted": func() { _ = os.Remove(path) }} {
+		spoil()
+		if now = now.Add(lookAgain); string(s()) != "two" {
+			t.Errorf("a file that was %s: %q", what, s())
+		}
 	}
 }
 
@@ -420,31 +435,56 @@ func BenchmarkWebhooks(b *testing.B) {
 	}
 }
 
-// A body that trickles in is given up, and holds up nobody else.
+// Bodies that trickle in are given up. They hold up nobody else as long as they
+// come from few addresses, and nobody at all for long.
 func TestSlowBodies(t *testing.T) {
 	if testing.Short() {
 		t.Skip("takes as long as a body may")
 	}
 	d := newDesk(t, nil)
-	server := httptest.NewServer(d)
-	defer server.Close()
-	address := strings.TrimPrefix(server.URL, "http://")
-	var slow []net.Conn
-	for range atOnce {
-		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", address)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		fmt.Fprintf(c, "POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
-		slow = append(slow, c)
+	server := httptest.NewUnstartedServer(d)
+	var err error
+	_ = server.Listener.Close()
+	if server.Listener, err = (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0"); err != nil {
+		t.Fatal(err)
 	}
-	deadline := time.Now().Add(30 * time.Second)
-	for len(d.places) < atOnce && time.Now().Before(deadline) {
-		time.Sleep(10 * time.Millisecond) // polls a condition
+	server.Start()
+	defer server.Close()
+	var slow []net.Conn
+	trickle := func(from string, n int) {
+		for range n {
+			dialer := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}
+			c, err := dialer.DialContext(t.Context(), "tcp", server.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = c.Close() })
+			fmt.Fprintf(c, "POST /webhooks/github HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{")
+			slow = append(slow, c)
+		}
+		want := len(slow)
+		for deadline := time.Now().Add(30 * time.Second); len(d.places) < want && time.Now().Before(deadline); {
+			time.Sleep(10 * time.Millisecond) // polls a condition
+		}
+		if len(d.places) != want {
+			t.Fatalf("%d places are taken, want %d", len(d.places), want)
+		}
 	}
 	body := recorded(t, "github_queued.json")
-	if code, _ := d.send(post("github", body, nil)); code != http.StatusTooManyRequests {
+	send := func(from string, i int) int {
+		r := post("github", numbered(body, i), nil)
+		r.RemoteAddr = from + ":1"
+		code, _ := d.send(r)
+		return code
+	}
+	trickle("127.0.0.1", ofOne)
+	if one, other := send("127.0.0.1", 1), send("127.0.0.2", 2); one != http.StatusTooManyRequests || other != http.StatusAccepted {
+		t.Errorf("with the places of one address taken: %d, another is told %d", one, other)
+	}
+	for i := 2; i*ofOne <= atOnce; i++ {
+		trickle(fmt.Sprint("127.0.0.", i), ofOne)
+	}
+	if code := send("127.0.0.9", 3); code != http.StatusTooManyRequests {
 		t.Errorf("with every place taken: %d", code)
 	}
 	for _, c := range slow {
@@ -454,8 +494,13 @@ func TestSlowBodies(t *testing.T) {
 			t.Fatalf("a slow one was told %q, %v", answer, err)
 		}
 	}
-	if code, _ := d.send(post("github", body, nil)); code != http.StatusAccepted {
-		t.Errorf("after they were given up: %d", code)
+	if one, other := send("127.0.0.1", 4), send("127.0.0.9", 5); one != http.StatusAccepted || other != http.StatusAccepted {
+		t.Errorf("after they were given up: %d, %d", one, other)
+	}
+	d.Receiver.mu.Lock()
+	defer d.Receiver.mu.Unlock()
+	if len(d.held) != 0 {
+		t.Errorf("held for ever: %v", d.held)
 	}
 }
 

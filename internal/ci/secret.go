@@ -23,7 +23,7 @@ const lookAgain = 10 * time.Second
 // SecretFile returns the content of a file, without white space around it, and
 // follows its changes. An error means that there is nothing to begin with; later
 // the last that was read stays.
-func SecretFile(path string, log *slog.Logger) (Secret, error) {
+func SecretFile(path string, now func() time.Time, log *slog.Logger) (Secret, error) {
 	read := func() ([]byte, error) {
 		text, err := os.ReadFile(path)
 		if err != nil {
@@ -39,14 +39,14 @@ func SecretFile(path string, log *slog.Logger) (Secret, error) {
 		return nil, err
 	}
 	var mu sync.Mutex
-	looked := time.Now()
+	looked := now()
 	return func() []byte {
 		mu.Lock()
 		defer mu.Unlock()
-		if time.Since(looked) < lookAgain {
+		if now().Sub(looked) < lookAgain {
 			return value
 		}
-		looked = time.Now()
+		looked = now()
 		next, err := read()
 		switch {
 		case err != nil && !errors.Is(err, os.ErrNotExist):

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/hearth-ci/hearth/pkg/demand"
 )
@@ -140,7 +141,7 @@ func TestNoSecretIsLogged(t *testing.T) {
 	}
 	defer tagger.client.CloseIdleConnections()
 	tagger.tag(t.Context(), demand.Job{ID: "gitlab/1/2"})
-	p, err := NewPoller(PollerConfig{Repositories: []string{"acme/shop"}, Token: secret(canary + "-token"), API: server.URL, Every: 1, Sink: nobody{}, Logger: logger})
+	p, err := NewPoller(PollerConfig{Repositories: []string{"acme/shop"}, Token: secret(canary + "-token"), API: server.URL, Every: 1, Sink: nobody{}, Logger: logger, Now: time.Now})
 	if err != nil {
 		t.Fatal(err)
 	}
