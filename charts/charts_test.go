@@ -5,13 +5,15 @@ package charts
 
 import (
 	"bytes"
+	"crypto/tls"
+	"crypto/x509"
 	"flag"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/yaml"
@@ -116,14 +118,22 @@ func TestBadValues(t *testing.T) {
 		values []string
 		says   string
 	}{
-		"no image":               {[]string{"--set", "image.repository="}, "/image/repository"},
-		"no backend":             {[]string{"--set-json", "config.backend=null"}, "/config"},
-		"two backends":           {[]string{"--set-json", `config.backend={"aws":{},"kwok":{}}`}, "/config/backend"},
-		"an unknown value":       {[]string{"--set", "replicaCount=3"}, "replicaCount"},
-		"no replicas":            {[]string{"--set", "replicas=0"}, "/replicas"},
-		"a digest that is none":  {[]string{"--set", "image.digest=latest"}, "/image/digest"},
-		"a config of the chart":  {[]string{"--set", "config.server.address=:1"}, "server"},
-		"no certificate at all":  {[]string{"--set", "tls.certManager.enabled=false"}, "tls.secretName: want the name of a Secret"},
+		"no image":                    {[]string{"--set", "image.repository="}, "/image/repository"},
+		"no backend":                  {[]string{"--set-json", "config.backend=null"}, "/config"},
+		"two backends":                {[]string{"--set-json", `config.backend={"aws":{},"kwok":{}}`}, "/config/backend"},
+		"an unknown value":            {[]string{"--set", "replicaCount=3"}, "replicaCount"},
+		"no replicas":                 {[]string{"--set", "replicas=0"}, "/replicas"},
+		"a digest that is none":       {[]string{"--set", "image.digest=latest"}, "/image/digest"},
+		"a config of the chart":       {[]string{"--set", "config.server.address=:1"}, "server"},
+		"no certificate at all":       {[]string{"--set", "tls.certManager.enabled=false"}, "tls.secretName: want the name of a Secret"},
+		"two sources of certificates": {[]string{"--set", "tls.selfSigned.enabled=true"}, "tls.selfSigned.enabled: want it without"},
+		"certificates for no time":    {[]string{"--set", "tls.selfSigned.days=0"}, "/tls/selfSigned/days"},
+		"an autoscaler without image": {[]string{"--set", "clusterAutoscaler.enabled=true"}, "/clusterAutoscaler/image"},
+		"an autoscaler of old":        {[]string{"--set", "clusterAutoscaler.enabled=true,clusterAutoscaler.image.repository=x,clusterAutoscaler.image.tag=v1.30.0"}, "/clusterAutoscaler/image/tag"},
+		"an argument that is no flag": {[]string{"--set-json", `clusterAutoscaler.extraArgs=["v=4"]`}, "/clusterAutoscaler/extraArgs"},
+		"an autoscaler without certificate": {[]string{"--set", "tls.certManager.enabled=false,tls.secretName=x,clusterAutoscaler.enabled=true,clusterAutoscaler.image.repository=x,clusterAutoscaler.image.tag=v1.36.1"},
+			"clusterAutoscaler.enabled: its certificate"},
+		"an ingress to nowhere":  {[]string{"--set", "ingress.enabled=true"}, "/ingress/host"},
 		"a log level of its own": {[]string{"--set", "logLevel=loud"}, "/logLevel"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -160,13 +170,16 @@ func TestRenderedConfig(t *testing.T) {
 			"--set-json", `config.nodeGroups=[{"id":"runners","max":3,"template":{"capacity":{"cpu":"8","memory":"32Gi","pods":"110"}}}]`,
 		},
 		"everything": {
-			"--set", "placement.enabled=true", "--set", "networkPolicy.enabled=true", "--set", "serviceMonitor.enabled=true",
+			"--set", "placement.enabled=true", "--set", "serviceMonitor.enabled=true", "--set", "prometheusRule.enabled=true", "--set", "dashboards.enabled=true",
+			"--set", "clusterAutoscaler.enabled=true,clusterAutoscaler.image.repository=x,clusterAutoscaler.image.tag=v1.36.1", "--set-json", `clusterAutoscaler.extraArgs=["--v=4"]`,
+			"--set", "ingress.enabled=true,ingress.host=hooks.example.com,ingress.className=nginx,ingress.tlsSecretName=hooks",
 			"--set-json", `networkPolicy.httpFrom=["monitoring","ingress"]`, "--set-json", `secrets=["github-webhook"]`,
 			"--set-json", `config.ci={"github":{"webhookSecretFile":"/etc/hearth/secrets/github-webhook/secret"}}`,
 			"--set-json", `config.engines={"namespaces":["dagger"]}`, "--set-json", `config.leaderElection={"leaseDuration":"30s","renewDeadline":"20s"}`,
 			"--set-json", `tolerations=[{"key":"support","operator":"Exists"}]`, "--set", "nodeSelector.role=support",
 			"--set-json", `serviceAccount.annotations={"eks.amazonaws.com/role-arn":"arn:aws:iam::1:role/hearth"}`,
 		},
+		"self-signed":          {"--set", "tls.certManager.enabled=false,tls.selfSigned.enabled=true"},
 		"its own certificates": {"--set", "tls.certManager.enabled=false", "--set", "tls.secretName=hearth-tls"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -212,12 +225,57 @@ func TestRenderedConfig(t *testing.T) {
 					t.Errorf("no %s", kind)
 				}
 			}
-			if withCertManager := !slices.Contains(values, "tls.secretName=hearth-tls"); (kinds["Certificate"] > 0) != withCertManager {
+			if withCertManager := !strings.Contains(strings.Join(values, " "), "certManager.enabled=false"); (kinds["Certificate"] > 0) != withCertManager {
 				t.Errorf("%d certificates", kinds["Certificate"])
 			}
 			if strings.Contains(out, "hearth.hearth.svc") || strings.Contains(out, "namespace: hearth\n") {
 				t.Error("the default namespace is left somewhere")
 			}
 		})
+	}
+}
+
+// TestSelfSigned: the certificates that Helm makes are for each other, and for
+// Hearth's name.
+func TestSelfSigned(t *testing.T) {
+	out, err := helm(t, good("--set", "tls.certManager.enabled=false,tls.selfSigned.enabled=true")...)
+	if err != nil {
+		t.Fatal(out)
+	}
+	secrets := map[string]map[string][]byte{}
+	for _, o := range objects(t, out) {
+		text, _ := yaml.Marshal(o)
+		var s corev1.Secret
+		if o["kind"] == "Secret" {
+			if err := yaml.UnmarshalStrict(text, &s); err != nil {
+				t.Fatal(err)
+			}
+			secrets[s.Name] = s.Data
+		}
+	}
+	server, client := secrets["hearth-server"], secrets["hearth-client"]
+	authority := x509.NewCertPool()
+	if !authority.AppendCertsFromPEM(server["ca.crt"]) || !bytes.Equal(server["ca.crt"], client["ca.crt"]) {
+		t.Fatalf("want one authority in %v", secrets)
+	}
+	for _, tc := range []struct {
+		secret map[string][]byte
+		name   string
+		usage  x509.ExtKeyUsage
+	}{{server, "hearth.ci-system.svc", x509.ExtKeyUsageServerAuth}, {client, "", x509.ExtKeyUsageClientAuth}} {
+		pair, err := tls.X509KeyPair(tc.secret["tls.crt"], tc.secret["tls.key"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		certificate, err := x509.ParseCertificate(pair.Certificate[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := certificate.Verify(x509.VerifyOptions{Roots: authority, DNSName: tc.name, KeyUsages: []x509.ExtKeyUsage{tc.usage}}); err != nil {
+			t.Error(err)
+		}
+		if left := time.Until(certificate.NotAfter); left < 1094*24*time.Hour || left > 1096*24*time.Hour {
+			t.Errorf("it is good for %s", left)
+		}
 	}
 }

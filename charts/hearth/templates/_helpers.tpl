@@ -16,10 +16,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 
 {{- define "hearth.tlsSecret" -}}
-{{- if .Values.tls.certManager.enabled -}}
+{{- if and .Values.tls.certManager.enabled .Values.tls.selfSigned.enabled -}}
+{{ fail "tls.selfSigned.enabled: want it without tls.certManager.enabled" }}
+{{- else if or .Values.tls.certManager.enabled .Values.tls.selfSigned.enabled -}}
 hearth-server
 {{- else -}}
-{{ required "tls.secretName: want the name of a Secret with tls.crt, tls.key and ca.crt, or tls.certManager.enabled: true" .Values.tls.secretName }}
+{{ required "tls.secretName: want the name of a Secret with tls.crt, tls.key and ca.crt, or one of tls.certManager.enabled and tls.selfSigned.enabled" .Values.tls.secretName }}
 {{- end -}}
 {{- end }}
 
@@ -36,4 +38,21 @@ hearth-server
 {{ toYaml $o }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{/* cluster-autoscaler's flags that belong together, one a line. The first argument is the folder of its certificate. */}}
+{{- define "hearth.autoscalerFlags" -}}
+--cloud-provider=externalgrpc
+--cloud-config=/etc/hearth/cloud-config.yaml
+--expander=grpc,least-waste
+--grpc-expander-url=hearth.{{ .Release.Namespace }}.svc:8088
+--grpc-expander-cert=/etc/hearth/tls/ca.crt
+--scale-down-unneeded-time=10s
+--scale-down-delay-after-add=30s
+--unremovable-node-recheck-timeout=30s
+--ignore-daemonsets-utilization=true
+--daemonset-eviction-for-occupied-nodes=false
+--skip-nodes-with-local-storage=false
+--skip-nodes-with-system-pods=false
+--max-failing-time=2m
 {{- end }}
