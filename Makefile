@@ -21,7 +21,7 @@ GOVULNCHECK := go tool -modfile=tools/go.mod govulncheck
 # Packages whose tests start a control plane; all others are unit tests.
 WITH_CLUSTER := /internal/localcluster$$|/test(/|$$)
 unit_packages = packages=$$(go list ./... | grep -vE '$(WITH_CLUSTER)')
-e2e_packages = packages=$$(go list ./... | grep -E '$(WITH_CLUSTER)')
+e2e_packages = packages=$$(go list ./... | grep -E '$(WITH_CLUSTER)' | grep -v /test/observe$$)
 
 .PHONY: help
 help: ## Show this list
@@ -46,10 +46,13 @@ demo: cluster build ## Watch the whole loop on this machine
 
 .PHONY: generate
 generate: ## Generate Go from the protos, CRDs from the API types, reference pages from the code
+	@mkdir -p bin
 	$(BUF) generate protos --template protos/buf.gen.yaml
 	$(CONTROLLER_GEN) object crd paths=./api/... output:crd:artifacts:config=deploy/crds
 	go test ./cmd/provider -run TestReference -count=1 -update
-	go test ./charts -run TestChartCarriesDeploy -count=1 -update
+	go -C tools run ./dashboards > bin/dashboard.json
+	mv bin/dashboard.json charts/hearth/files/dashboards/hearth.json
+	go test ./charts -run 'TestChartCarriesDeploy|TestReadme' -count=1 -update
 
 .PHONY: prices
 prices: ## Renew the list of AWS's prices, from the release that tools/prices pins
@@ -120,6 +123,12 @@ race: ## Run the same tests at full length under the race detector
 .PHONY: e2e
 e2e: cluster build ## Run the tests that start a control plane (and CLUSTER_AUTOSCALER, if set)
 	@$(e2e_packages); go test -count=1 -parallel 4 -timeout 20m $$packages
+
+.PHONY: observe
+observe: cluster ## Look at dashboards, alerts and status page by Prometheus and Chromium (which it needs)
+	@for program in prometheus promtool chromium; do command -v $$program >/dev/null || { \
+		echo "observe: $$program is not there: install your system's packages prometheus and chromium" >&2; exit 1; }; done
+	go test -count=1 -timeout 10m ./test/observe
 
 .PHONY: test
 test: ## Run all tests, as CI does
