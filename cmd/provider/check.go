@@ -33,6 +33,9 @@ func checkCommand() *cobra.Command {
 				return usageError{err}
 			}
 			out := cmd.OutOrStdout()
+			for _, text := range checkCertificates(cfg.Server.TLS, time.Now()) {
+				fmt.Fprintln(out, "warning:", text)
+			}
 			for _, w := range cfg.Warnings() {
 				fmt.Fprintln(out, "warning:", w)
 			}

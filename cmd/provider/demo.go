@@ -12,11 +12,11 @@ import (
 )
 
 func demoCommand() *cobra.Command {
-	var verbose bool
+	var verbose, stay bool
 	cmd := &cobra.Command{
 		Use: "demo", Short: "Watch the whole loop on this machine", Args: cobra.NoArgs,
 		Long: "Runs a real control plane, hearth serve and an autoscaler on loopback, and lets CI jobs\n" +
-			"arrive. Ends by itself. The control plane's binaries come from `make cluster`.\n" +
+			"arrive. Ends by itself, or with --stay when you say so. The control plane's binaries come from `make cluster`.\n" +
 			"CLUSTER_AUTOSCALER=/path/to/cluster-autoscaler puts a real cluster-autoscaler in front\n" +
 			"instead of the reference autoscaler that tests use.",
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -33,10 +33,11 @@ func demoCommand() *cobra.Command {
 				return fmt.Errorf("finding the hearth binary: %w", err)
 			}
 			return demo.Run(cmd.Context(), demo.Config{
-				Hearth: self, Autoscaler: os.Getenv("CLUSTER_AUTOSCALER"), Out: cmd.OutOrStdout(), Logger: logger,
+				Hearth: self, Autoscaler: os.Getenv("CLUSTER_AUTOSCALER"), Out: cmd.OutOrStdout(), Logger: logger, Stay: stay,
 			})
 		},
 	}
 	cmd.Flags().BoolVar(&verbose, "verbose", false, "also print what the parts log")
+	cmd.Flags().BoolVar(&stay, "stay", false, "keep everything running afterwards, to look around and try things, until Ctrl-C")
 	return cmd
 }

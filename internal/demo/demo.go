@@ -31,6 +31,8 @@ type Config struct {
 	Hearth, Autoscaler string
 	Out                io.Writer
 	Logger             *slog.Logger
+	// Stay keeps everything running after the summary, until ctx ends.
+	Stay bool
 }
 
 // groups are the demo's two node groups: a node takes one job at a time.
@@ -81,6 +83,7 @@ type story struct {
 	ground *playground.Playground
 	began  time.Time
 	ended  time.Time // when the summary was made
+	http   string    // where the provider serves HTTP
 
 	mu    sync.Mutex
 	nodes map[string]*nodeStory // by RunnerNode name
@@ -115,6 +118,12 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	s.ground = ground
 	last, err := s.run(ctx)
+	if err == nil && cfg.Stay {
+		fmt.Fprintf(cfg.Out, "%s\n\nIt stays until Ctrl-C. In another terminal:\n\n  export KUBECONFIG=%s\n  kubectl get rng,rn -o wide\n  bin/hearth explain --address http://%s\n\nand in a browser http://%[3]s/ui\n",
+			last, ground.AdminKubeconfig(), s.http)
+		<-ctx.Done()
+		last = "ended"
+	}
 	s.tell("stopping everything …")
 	if errors.Is(err, context.Canceled) {
 		err = errInterrupted
@@ -154,7 +163,8 @@ func (s *story) run(ctx context.Context) (last string, err error) {
 	if err := provider.Serving(ctx, 30*time.Second); err != nil {
 		return "", err
 	}
-	s.tell("the status page is http://%s/ui while this runs", provider.HTTPAddress)
+	s.http = provider.HTTPAddress
+	s.tell("the status page is http://%s/ui while this runs", s.http)
 	kind := "the reference autoscaler"
 	if s.ground.Real() {
 		kind = "cluster-autoscaler"

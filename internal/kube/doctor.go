@@ -3,6 +3,7 @@ package kube
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -22,7 +23,7 @@ func Examine(ctx context.Context, c client.Client, engines EngineSelector, watch
 	e := examination{reader: podReader{
 		engines: engines, groupOf: func(label string) model.GroupID { return model.GroupID(label) },
 		nodeGroup: func(model.NodeName) model.GroupID { return "" }, keysFor: func(model.GroupID) []string { return nil },
-	}, watches: watches}
+	}, watches: watches, engineOn: map[string]bool{}, served: map[string]bool{}}
 	list := &corev1.PodList{}
 	for {
 		if err := c.List(ctx, list, client.Limit(500), client.Continue(list.Continue)); err != nil {
@@ -41,8 +42,11 @@ type examination struct {
 	reader                              podReader
 	watches                             bool
 	autoscalers                         []string
+	served                              map[string]bool // deployments of cluster-autoscaler that use Hearth
 	engines                             int
+	engineOn                            map[string]bool // nodes with an engine
 	silent, short, tolerant, evictables sightings
+	double                              sightings
 }
 
 // sightings are pods of which the same is to be said.
@@ -63,6 +67,9 @@ func (e *examination) pod(p *corev1.Pod) {
 	}
 	for _, c := range p.Spec.Containers {
 		if flags := autoscalerFlags(c); flags != nil {
+			if flags["cloud-provider"] == "externalgrpc" {
+				e.served[p.Namespace+"/"+ownerOf(p)] = true
+			}
 			for _, text := range unfit(flags, e.watches) {
 				e.autoscalers = append(e.autoscalers, fmt.Sprintf("cluster-autoscaler (pod %s/%s): %s", p.Namespace, p.Name, text))
 			}
@@ -80,6 +87,10 @@ func (e *examination) pod(p *corev1.Pod) {
 		if seen.EngineState.ToleratesDrain {
 			e.tolerant.add(p)
 		}
+		if e.engineOn[p.Spec.NodeName] {
+			e.double.add(p)
+		}
+		e.engineOn[p.Spec.NodeName] = p.Spec.NodeName != ""
 	case model.PodRunner:
 		if seen.Key != "" && p.Annotations[annotationSafeToEvict] != "false" {
 			e.evictables.add(p)
@@ -96,6 +107,10 @@ const (
 
 func (e *examination) advice() (advice []string) {
 	advice = e.autoscalers
+	if len(e.served) > 1 {
+		advice = append(advice, fmt.Sprintf("%d cluster-autoscalers use it, %s: each orders nodes for the same pods, keep one",
+			len(e.served), strings.Join(slices.Sorted(maps.Keys(e.served)), " and ")))
+	}
 	if e.engines == 0 {
 		advice = append(advice, "no pod is an engine's by engines.podSelector and engines.namespaces: nodes would be ended with their engines running")
 	}
@@ -105,6 +120,7 @@ func (e *examination) advice() (advice []string) {
 	}{
 		{e.silent, "say nothing of what they do: set " + envMetrics + ", else only runner pods tell whether they are idle"},
 		{e.short, fmt.Sprintf("have less than %d s to stop: raise terminationGracePeriodSeconds, else one that needs longer loses its cache", int(usualGrace.Seconds()))},
+		{e.double, "are not the only one on their node, and jobs find only one's cache: check which DaemonSets run engines there"},
 		{e.tolerant, "tolerate every taint, so that their nodes are never parked: have them tolerate only those that the nodes have, by key"},
 	} {
 		if s.n > 0 {
@@ -116,6 +132,14 @@ func (e *examination) advice() (advice []string) {
 			"or the placement webhook add it", e.evictables.n, e.evictables.first, annotationSafeToEvict))
 	}
 	return advice
+}
+
+// ownerOf is who makes pods like this one, else the pod.
+func ownerOf(p *corev1.Pod) string {
+	for _, o := range p.OwnerReferences {
+		return o.Name
+	}
+	return p.Name
 }
 
 // autoscalerFlags returns the flags of cluster-autoscaler, nil when the

@@ -29,6 +29,13 @@ func autoscalerPod(flags ...string) *corev1.Pod {
 	}
 }
 
+// replica is one of an autoscaler that runs several times.
+func replica(name string) *corev1.Pod {
+	p := autoscalerPod(partners()...)
+	p.Name, p.OwnerReferences = name, []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: "ca", UID: "u"}}
+	return p
+}
+
 func enginePod(name string, change func(*corev1.Pod)) *corev1.Pod {
 	p := &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "dagger", Name: name, Labels: map[string]string{"app.kubernetes.io/name": "dagger-helm"}},
@@ -80,6 +87,15 @@ func TestExamine(t *testing.T) {
 		{"daemons are evicted", false, []client.Object{enginePod("e", nil), autoscalerPod(without("daemonset")...)}, []string{"want --daemonset-eviction-for-occupied-nodes=false"}},
 		{"nodes are skipped", false, []client.Object{enginePod("e", nil), autoscalerPod(without("skip-nodes")...)}, []string{"--skip-nodes-with-local-storage=false", "--skip-nodes-with-system-pods=false"}},
 		{"scale-down waits", false, []client.Object{enginePod("e", nil), autoscalerPod(append(without("scale-down"), "--scale-down-unneeded-time=10m")...)}, []string{"--scale-down-delay-after-add", "--scale-down-unneeded-time"}},
+		{"two autoscalers", false, []client.Object{enginePod("e", nil), autoscalerPod(partners()...), func() client.Object {
+			p := autoscalerPod(partners()...)
+			p.Name = "another"
+			return p
+		}()}, []string{"2 cluster-autoscalers use it, kube-system/another and kube-system/ca"}},
+		{"two replicas of one", false, []client.Object{enginePod("e", nil), replica("ca-1"), replica("ca-2")}, nil},
+		{"two engines on a node", false, []client.Object{
+			enginePod("e", func(p *corev1.Pod) { p.Spec.NodeName = "n" }), enginePod("f", func(p *corev1.Pod) { p.Spec.NodeName = "n" }), enginePod("g", func(p *corev1.Pod) { p.Spec.NodeName = "m" }),
+		}, []string{"1 of 3 engines, such as dagger/f, are not the only one"}},
 		{"pods that are over", false, []client.Object{enginePod("e", nil), func() client.Object { p := runner(true); p.Status.Phase = corev1.PodSucceeded; return p }()}, nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -147,7 +147,7 @@ func (p *Playground) runReal(ctx context.Context, cfg AutoscalerConfig, pair Key
 		return fmt.Errorf("writing the cloud config: %w", err)
 	}
 	args := append([]string{
-		"--cloud-provider=externalgrpc", "--cloud-config=" + cloud, "--kubeconfig=" + p.adminKubeconfig(),
+		"--cloud-provider=externalgrpc", "--cloud-config=" + cloud, "--kubeconfig=" + p.AdminKubeconfig(),
 		"--leader-elect=false", "--address=" + probe,
 		"--expander=grpc,least-waste", "--grpc-expander-url=" + p.expander.Address(), "--grpc-expander-cert=" + p.Authority.CAFile(),
 	}, cfg.Flags.Args(p.generation(ctx))...)

@@ -96,7 +96,7 @@ func (p *Playground) start(ctx context.Context) (err error) {
 	if err = p.Cluster.WriteKubeconfig(p.kubeconfig(), account); err != nil {
 		return err
 	}
-	if err = p.Cluster.WriteKubeconfig(p.adminKubeconfig(), admin); err != nil {
+	if err = p.Cluster.WriteKubeconfig(p.AdminKubeconfig(), admin); err != nil {
 		return err
 	}
 	if p.provider, err = NewForwarder(func() string { return p.leader(func(r *Provider) string { return r.Address }) }); err != nil {
@@ -106,8 +106,10 @@ func (p *Playground) start(ctx context.Context) (err error) {
 	return err
 }
 
-func (p *Playground) kubeconfig() string      { return filepath.Join(p.dir, "hearth.kubeconfig") }
-func (p *Playground) adminKubeconfig() string { return filepath.Join(p.dir, "admin.kubeconfig") }
+func (p *Playground) kubeconfig() string { return filepath.Join(p.dir, "hearth.kubeconfig") }
+
+// AdminKubeconfig is the path of a kubeconfig that may do everything.
+func (p *Playground) AdminKubeconfig() string { return filepath.Join(p.dir, "admin.kubeconfig") }
 
 // ProviderAddress is where an autoscaler reaches the provider that serves.
 func (p *Playground) ProviderAddress() string { return p.provider.Address() }
