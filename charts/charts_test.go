@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -347,6 +348,42 @@ func TestSelfSigned(t *testing.T) {
 		}
 		if left := time.Until(certificate.NotAfter); left < 1094*24*time.Hour || left > 1096*24*time.Hour {
 			t.Errorf("it is good for %s", left)
+		}
+	}
+}
+
+// TestDocs: the chart takes the values in the pages, and Helm knows the commands.
+func TestDocs(t *testing.T) {
+	files, err := filepath.Glob("../docs/*.md")
+	if err != nil || len(files) == 0 {
+		t.Fatal(err)
+	}
+	blocks, subcommands := 0, map[string]bool{}
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range regexp.MustCompile("(?ms)^```yaml\n(# values.yaml.*?)^```").FindAllSubmatch(text, -1) {
+			blocks++
+			path := filepath.Join(t.TempDir(), "values.yaml")
+			if err := os.WriteFile(path, m[1], 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if out, err := helm(t, "template", "hearth", "hearth", "--namespace", "hearth", "--values", path); err != nil {
+				t.Errorf("%s: %s", file, out)
+			}
+		}
+		for _, m := range regexp.MustCompile(`(?m)^\$ helm (?:-n \S+ )?(\w+(?: notes)?)`).FindAllSubmatch(text, -1) {
+			subcommands[string(m[1])] = true
+		}
+	}
+	if blocks < 2 || len(subcommands) < 3 {
+		t.Errorf("%d blocks of values, commands %v", blocks, subcommands)
+	}
+	for sub := range subcommands {
+		if out, err := helm(t, append(strings.Fields(sub), "--help")...); err != nil || !strings.Contains(out, "Usage:\n  helm "+sub) {
+			t.Errorf("helm %s: %v", sub, err)
 		}
 	}
 }

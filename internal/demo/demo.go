@@ -118,12 +118,6 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	s.ground = ground
 	last, err := s.run(ctx)
-	if err == nil && cfg.Stay {
-		fmt.Fprintf(cfg.Out, "%s\n\nIt stays until Ctrl-C. In another terminal:\n\n  export KUBECONFIG=%s\n  kubectl get rng,rn -o wide\n  bin/hearth explain --address http://%s\n\nand in a browser http://%[3]s/ui\n",
-			last, ground.AdminKubeconfig(), s.http)
-		<-ctx.Done()
-		last = "ended"
-	}
 	s.tell("stopping everything …")
 	if errors.Is(err, context.Canceled) {
 		err = errInterrupted
@@ -189,7 +183,14 @@ func (s *story) run(ctx context.Context) (last string, err error) {
 	if err := s.await(ctx, 90*time.Second, "the cold nodes to go", s.quiet); err != nil {
 		return "", err
 	}
-	return s.summary(ctx)
+	last, err = s.summary(ctx)
+	if err == nil && s.cfg.Stay {
+		fmt.Fprintf(s.cfg.Out, "%s\n\nIt stays until Ctrl-C. In another terminal:\n\n  export KUBECONFIG=%s\n  kubectl get rng,rn -o wide\n  bin/hearth explain --address http://%s\n\nand in a browser http://%[3]s/ui\n",
+			last, s.ground.AdminKubeconfig(), s.http)
+		<-ctx.Done()
+		last = "ended"
+	}
+	return last, err
 }
 
 // engines runs one Dagger engine per runner node, as Dagger's chart does.
