@@ -21,10 +21,15 @@ func TestChart(t *testing.T) {
 	namespace := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "ci-system"}}
 	_, err := g.Kube.CoreV1().Namespaces().Create(g.ctx, namespace, metav1.CreateOptions{})
 	g.must(err)
+	// A pod, as the Helm test is one, is not taken without its account.
+	_, err = g.Kube.CoreV1().ServiceAccounts("ci-system").Create(g.ctx, &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Name: "hearth"}}, metav1.CreateOptions{})
+	g.must(err)
 	out, err := exec.CommandContext(g.ctx, "go", "tool", "-modfile=../../tools/helm/go.mod", "helm",
 		"template", "hearth", "../../charts/hearth", "--namespace", "ci-system", "--include-crds",
 		"--set", "image.repository=images.example/hearth", "--set", "config.backend.kwok.bootDelay=1s",
-		"--set", "tls.certManager.enabled=false", "--set", "tls.secretName=hearth-tls",
+		"--set", "tls.certManager.enabled=false", "--set", "tls.selfSigned.enabled=true", "--set", "dashboards.enabled=true",
+		"--set", "clusterAutoscaler.enabled=true,clusterAutoscaler.image.repository=x,clusterAutoscaler.image.tag=v1.36.1",
+		"--set", "ingress.enabled=true,ingress.host=hooks.example.com,ingress.className=nginx,ingress.tlsSecretName=hooks",
 		"--set", "placement.enabled=true", "--set", "networkPolicy.enabled=true", "--set-json", `networkPolicy.httpFrom=["monitoring"]`,
 		"--set-json", `secrets=["github-webhook"]`, "--set-json", `tolerations=[{"key":"support","operator":"Exists"}]`,
 		"--set-json", `serviceAccount.annotations={"a":"b"}`, "--set-json", `imagePullSecrets=[{"name":"pull"}]`,
@@ -46,7 +51,7 @@ func TestChart(t *testing.T) {
 			return g.Client.Apply(g.ctx, client.ApplyConfigurationFromUnstructured(o.DeepCopy()), client.DryRunAll, client.ForceOwnership, client.FieldOwner("helm"))
 		})
 	}
-	for _, kind := range []string{"CustomResourceDefinition", "Deployment", "ClusterRole", "Role", "MutatingWebhookConfiguration", "NetworkPolicy", "PodDisruptionBudget"} {
+	for _, kind := range []string{"CustomResourceDefinition", "Deployment", "ClusterRole", "Role", "MutatingWebhookConfiguration", "NetworkPolicy", "PodDisruptionBudget", "Ingress", "Secret"} {
 		if kinds[kind] == 0 {
 			t.Errorf("no %s among %v", kind, kinds)
 		}
