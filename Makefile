@@ -9,6 +9,8 @@ SHELL := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 FUZZTIME ?= 10s
 MINUTES ?= 30
+SEEDS ?= 100
+START ?= 1
 VULNDB ?= https://vuln.go.dev
 # The path of a real cluster-autoscaler makes e2e run against it too.
 export CLUSTER_AUTOSCALER := $(abspath $(CLUSTER_AUTOSCALER))
@@ -138,6 +140,10 @@ test: ## Run all tests, as CI does
 .PHONY: scale
 scale: cluster build ## 300 groups, 5,000 nodes, 20,000 jobs an hour, for MINUTES (30)
 	go run ./test/scale -for '$(MINUTES)m'
+
+.PHONY: chaos
+chaos: ## Whole days with everything going wrong, in virtual time: SEEDS (100) of them from START (1) on
+	HEARTH_CHAOS_SEEDS='$(SEEDS)' HEARTH_CHAOS_START='$(START)' go test ./internal/controller -run '^TestChaos' -count=1 -timeout 10h
 
 .PHONY: fuzz
 fuzz: ## Run every fuzz target for FUZZTIME (10s)

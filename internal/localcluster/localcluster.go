@@ -138,7 +138,7 @@ func (c *Cluster) start(ctx context.Context) error {
 	}
 
 	c.cfg.Progress("etcd")
-	etcdURL, peerURL := "http://"+freeAddress(), "http://"+freeAddress()
+	etcdURL, peerURL := "http://"+FreeAddress(), "http://"+FreeAddress()
 	if err := c.run(etcd, nil,
 		"--data-dir="+filepath.Join(c.dir, "etcd"),
 		"--listen-client-urls="+etcdURL,
@@ -164,7 +164,7 @@ func (c *Cluster) start(ctx context.Context) error {
 	}
 
 	c.cfg.Progress("controller manager, scheduler and kwok")
-	managerURL, schedulerURL, kwokAddress := "https://"+freeAddress(), "https://"+freeAddress(), freeAddress()
+	managerURL, schedulerURL, kwokAddress := "https://"+FreeAddress(), "https://"+FreeAddress(), FreeAddress()
 	if err := errors.Join(
 		c.runManager(managerURL),
 		c.runScheduler(schedulerURL),
@@ -201,7 +201,7 @@ func (c *Cluster) prepare() (err error) {
 	if err := c.authority.writeServing(c.cert("")); err != nil {
 		return err
 	}
-	c.admin, err = c.authority.config("https://"+freeAddress(), "localcluster-admin", "system:masters")
+	c.admin, err = c.authority.config("https://"+FreeAddress(), "localcluster-admin", "system:masters")
 	return err
 }
 
@@ -440,22 +440,31 @@ func (c *Cluster) await(ctx context.Context, name string, ready func() error) er
 	}
 }
 
-// splitURL returns host and port of a URL that was made from a freeAddress.
+// splitURL returns host and port of a URL that was made from a FreeAddress.
 func splitURL(url string) (host, port string) {
 	_, address, _ := strings.Cut(url, "://")
 	host, port, _ = strings.Cut(address, ":")
 	return host, port
 }
 
-// freeAddress returns a loopback address that nobody listens on. Its port is below the range
-// that Linux takes for outgoing connections, so that none of ours can occupy it before the
-// process that it is for listens, or while the API server is away.
-func freeAddress() string {
+// taken are the ports that this process has given away: whoever they are for may
+// not listen yet, or may be between two lives.
+//
+//nolint:gochecknoglobals // ports are the machine's
+var taken sync.Map
+
+// FreeAddress returns a loopback address that nobody listens on, and never the same
+// twice in a process. Its port is below the range that Linux takes for outgoing
+// connections, so that none of ours can occupy it before the process that it is for
+// listens, or while that is started again.
+func FreeAddress() string {
 	for {
 		address := net.JoinHostPort("127.0.0.1", strconv.Itoa(20000+rand.IntN(12000)))
 		if l, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", address); err == nil {
 			_ = l.Close()
-			return address
+			if _, given := taken.LoadOrStore(address, true); !given {
+				return address
+			}
 		}
 	}
 }

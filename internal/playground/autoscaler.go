@@ -137,10 +137,7 @@ func (p *Playground) runReference(ctx context.Context, cfg AutoscalerConfig, pai
 // runReal runs a real cluster-autoscaler until ctx ends or its liveness probe
 // fails.
 func (p *Playground) runReal(ctx context.Context, cfg AutoscalerConfig, pair KeyPair) error {
-	probe, err := freeAddress()
-	if err != nil {
-		return err
-	}
+	probe := localcluster.FreeAddress()
 	cloud := filepath.Join(p.dir, "cloud-config.yaml")
 	text := fmt.Sprintf("address: %q\nkey: %q\ncert: %q\ncacert: %q\n", p.provider.Address(), pair.Key, pair.Cert, p.Authority.CAFile())
 	if err := os.WriteFile(cloud, []byte(text), 0o600); err != nil {

@@ -5,11 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
-	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"time"
 
@@ -147,22 +144,6 @@ func (p *Playground) Stop() error {
 		errs = append(errs, os.RemoveAll(p.dir))
 	}
 	return errors.Join(errs...)
-}
-
-// freeAddress returns a loopback address on which nothing listens now. Its port
-// is below the range that Linux takes for outgoing connections, so that none of
-// these occupies it while the process that it is for is being started again.
-func freeAddress() (string, error) {
-	var l net.Listener
-	var err error
-	lc := net.ListenConfig{}
-	for range 100 {
-		if l, err = lc.Listen(context.Background(), "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(20000+rand.IntN(12000)))); err == nil {
-			defer l.Close()
-			return l.Addr().String(), nil
-		}
-	}
-	return "", fmt.Errorf("looking for a free port: %w", err)
 }
 
 // await tries until ok, or fails with the last reason when ctx or within ends.

@@ -41,9 +41,7 @@ func (p *Playground) StartProvider(name, groups string) (*Provider, error) {
 	r := &Provider{Name: name, ConfigFile: filepath.Join(p.dir, name+".yaml"), playground: p}
 	var err error
 	for _, address := range []*string{&r.Address, &r.ExpanderAddress, &r.HTTPAddress} {
-		if *address, err = freeAddress(); err != nil {
-			return nil, err
-		}
+		*address = localcluster.FreeAddress()
 	}
 	if r.TLS, err = p.Authority.Issue(name); err != nil {
 		return nil, err

@@ -136,7 +136,7 @@ func (g *Group) advance(id model.InstanceID, now time.Time, out *Outcome) {
 			m.wasReady = true
 			delete(g.record.Intents, id)
 			out.note(CommitSoon, "resumed", "ready", 1, id)
-		case now.Sub(intent.Since) >= resumeTimeout:
+		case now.Sub(intent.Since) >= resumeTimeout && now.Sub(m.heldAt) >= resumeTimeout:
 			// It stays wanted: the sizes do not change, so a launch takes its
 			// place within the same scale-up. Its Node may be there, and Ready
 			// by now.
@@ -201,7 +201,7 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 	resize := Effect{Verb: Resize, Group: g.spec.ID, Desired: seen + revealed + hidden}
 	// What is on its way out still takes a place, and no cloud works towards
 	// more than the maximum: a launch waits for it.
-	if raised := min(resize.Desired, g.spec.Max); raised > g.snapshot.Desired {
+	if raised := min(resize.Desired, g.most()); raised > g.snapshot.Desired {
 		if resize.Desired = raised; g.due(resize, now) {
 			return []Effect{resize}
 		}
@@ -221,6 +221,9 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 		},
 	} {
 		e := Effect{Verb: verb, Group: g.spec.ID, Instances: g.withIntent(pick)}
+		if verb == Start {
+			e.Instances = g.fitting(e.Instances, seen+missing, now)
+		}
 		if len(e.Instances) > 0 && g.due(e, now) {
 			effects = append(effects, e)
 		}
@@ -231,6 +234,21 @@ func (g *Group) cloudEffects(now time.Time) []Effect {
 	}
 	slices.SortFunc(effects, byKey)
 	return effects
+}
+
+// most is how many instances may live: the maximum, or what was promised before
+// it was lowered.
+func (g *Group) most() int { return max(g.spec.Max, g.record.Target) }
+
+// fitting are those of the parked instances that can be started under the
+// maximum beside the living ones. The others wait, and it does not count against
+// them.
+func (g *Group) fitting(ids []model.InstanceID, living int, now time.Time) []model.InstanceID {
+	room := min(max(g.most()-living, 0), len(ids))
+	for _, id := range ids[room:] {
+		g.members[id].heldAt = now
+	}
+	return ids[:room]
 }
 
 func byKey(a, b Effect) int { return cmp.Compare(a.key(), b.key()) }
@@ -266,6 +284,9 @@ func (g *Group) nodeEffects(now time.Time) []Effect {
 				add(Taint, node)
 			}
 		case intended && intent.Stage == StageStopping:
+			if !node.Draining && active(m.cloud.State) && !m.taintedAt.IsZero() { // it was made anew, or somebody took it off
+				add(Taint, node)
+			}
 			// A reading that is older than the Node says nothing about it;
 			// creation times come in whole seconds.
 			if m.cloud.State != "" && !active(m.cloud.State) && g.snapshot.TakenAt.Sub(node.Created) > time.Second {

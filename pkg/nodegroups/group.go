@@ -104,6 +104,8 @@ type member struct {
 	readySince time.Time
 	wasReady   bool
 	drain      // the present one
+	// heldAt is when it was last not resumed for want of room under the maximum.
+	heldAt time.Time
 	// takenBack: taints are to come off, whether they are seen or not.
 	takenBack bool
 }

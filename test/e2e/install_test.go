@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -198,19 +197,13 @@ func (i *installation) config() (provider, expander string) {
 	i.must(err)
 	var file map[string]any
 	i.must(yaml.Unmarshal([]byte(strings.ReplaceAll(m.Data["hearth.yaml"], "/etc/hearth/tls", i.dir)), &file))
-	free := func() string {
-		l, err := (&net.ListenConfig{}).Listen(i.ctx, "tcp", "127.0.0.1:0")
-		i.must(err)
-		i.must(l.Close())
-		return l.Addr().String()
-	}
-	provider, expander = free(), free()
+	provider, expander = localcluster.FreeAddress(), localcluster.FreeAddress()
 	at, ok := file["server"].(map[string]any)
 	if !ok {
 		i.t.Fatalf("the config has no server:\n%s", m.Data["hearth.yaml"])
 	}
 	at["address"], at["expanderAddress"] = provider, expander
-	file["http"] = map[string]any{"address": free()}
+	file["http"] = map[string]any{"address": localcluster.FreeAddress()}
 	file["kubernetes"] = map[string]any{"kubeconfig": filepath.Join(i.dir, "hearth.kubeconfig")}
 	text, err := yaml.Marshal(file)
 	i.must(err)

@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -20,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hearth-ci/hearth/internal/localcluster"
 	"github.com/hearth-ci/hearth/internal/playground"
 )
 
@@ -103,14 +103,6 @@ func run(t *testing.T, p *playground.Playground, group, key string, names ...str
 	must(t, p.Finish(t.Context(), names...))
 }
 
-func address(t *testing.T) string {
-	t.Helper()
-	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
-	must(t, err)
-	must(t, l.Close())
-	return l.Addr().String()
-}
-
 // tool runs a program that must be there.
 func tool(t *testing.T, name string, args ...string) string {
 	t.Helper()
@@ -141,7 +133,7 @@ func TestAlerts(t *testing.T) {
 // prometheus scrapes Hearth every second until the test ends.
 func prometheus(t *testing.T, target string) (base string) {
 	t.Helper()
-	dir, listen := t.TempDir(), address(t)
+	dir, listen := t.TempDir(), localcluster.FreeAddress()
 	rules, err := filepath.Abs(alertFile)
 	must(t, err)
 	file := filepath.Join(dir, "prometheus.yml")
