@@ -205,8 +205,14 @@ func TestBadValues(t *testing.T) {
 		"an argument that is no flag": {[]string{"--set-json", `clusterAutoscaler.extraArgs=["v=4"]`}, "/clusterAutoscaler/extraArgs"},
 		"an autoscaler without certificate": {[]string{"--set", "tls.certManager.enabled=false,tls.secretName=x,clusterAutoscaler.enabled=true,clusterAutoscaler.image.repository=x,clusterAutoscaler.image.tag=v1.36.1"},
 			"clusterAutoscaler.enabled: its certificate"},
-		"an ingress to nowhere":  {[]string{"--set", "ingress.enabled=true"}, "/ingress/host"},
-		"a log level of its own": {[]string{"--set", "logLevel=loud"}, "/logLevel"},
+		"an ingress to nowhere":   {[]string{"--set", "ingress.enabled=true"}, "/ingress/host"},
+		"a tag that is none":      {[]string{"--set", "image.tag=a b"}, "/image/tag"},
+		"a Secret of no name":     {[]string{"--set-json", `secrets=["Git Hub"]`}, "/secrets/0"},
+		"a Secret twice":          {[]string{"--set-json", `secrets=["a","a"]`}, "/secrets"},
+		"no namespace's name":     {[]string{"--set-json", `networkPolicy.autoscalerFrom=["kube_system"]`}, "/networkPolicy/autoscalerFrom/0"},
+		"a stand-by that answers": {[]string{"--set-json", `podLabels={"hearth.dev/leader":"true"}`}, "/podLabels"},
+		"a pod that nobody finds": {[]string{"--set-json", `podLabels={"app.kubernetes.io/component":"x"}`}, "/podLabels"},
+		"a log level of its own":  {[]string{"--set", "logLevel=loud"}, "/logLevel"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			out, err := helm(t, good(tt.values...)...)

@@ -31,7 +31,7 @@ func TestChart(t *testing.T) {
 		"--set", "clusterAutoscaler.enabled=true,clusterAutoscaler.image.repository=x,clusterAutoscaler.image.tag=v1.36.1",
 		"--set", "ingress.enabled=true,ingress.host=hooks.example.com,ingress.className=nginx,ingress.tlsSecretName=hooks",
 		"--set", "placement.enabled=true", "--set", "networkPolicy.enabled=true", "--set-json", `networkPolicy.httpFrom=["monitoring"]`,
-		"--set-json", `secrets=["github-webhook"]`, "--set-json", `tolerations=[{"key":"support","operator":"Exists"}]`,
+		"--set-json", `secrets=["github.webhook","`+strings.Repeat("a", 100)+`1","`+strings.Repeat("a", 100)+`2"]`, "--set-json", `tolerations=[{"key":"support","operator":"Exists"}]`,
 		"--set-json", `serviceAccount.annotations={"a":"b"}`, "--set-json", `imagePullSecrets=[{"name":"pull"}]`,
 		"--set", "nodeSelector.role=support", "--set", "podLabels.team=ci", "--set", "podAnnotations.note=x",
 	).CombinedOutput()
