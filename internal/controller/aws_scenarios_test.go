@@ -61,6 +61,7 @@ func TestAWSForeignHands(t *testing.T) {
 			l.aws.Edit("runners", func(g *awsfake.Group) { g.HookWait = 5 * time.Minute })
 			l.refresh()
 			l.must(l.increase(runners, 1))
+			l.within(2*time.Minute, "instance that waits", func() bool { return l.has("Pending:Wait", "running") == 1 })
 			time.Sleep(7 * time.Minute)
 		}, 3, 0, 0},
 		{"launches suspended for a while", nil, func(l awsLab) {
