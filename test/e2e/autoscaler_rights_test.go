@@ -2,8 +2,6 @@ package e2e
 
 import (
 	"fmt"
-	"log/slog"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,7 +11,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/client-go/kubernetes"
 	"sigs.k8s.io/yaml"
 
 	"github.com/hearth-ci/hearth/internal/localcluster"
@@ -30,29 +27,15 @@ func TestInstallAutoscalerRights(t *testing.T) {
 		t.Skip("CLUSTER_AUTOSCALER names none")
 	}
 	ctx := t.Context()
-	cluster, err := localcluster.Start(ctx, localcluster.Config{Logger: slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn}))})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cluster.Stop() })
-	dir := t.TempDir()
-	i := &installation{t: t, ctx: ctx, dir: dir, admin: filepath.Join(dir, "admin.kubeconfig")}
-	i.must(cluster.WriteKubeconfig(i.admin, cluster.AdminConfig()))
-	i.kube, err = kubernetes.NewForConfig(cluster.AdminConfig())
-	i.must(err)
+	i, cluster := newInstallation(t)
 	i.helm("install", "../../charts/hearth", "--create-namespace",
 		"--set", "clusterAutoscaler.enabled=true,clusterAutoscaler.image.repository=x,clusterAutoscaler.image.tag=v1.36.1",
 		"--set-json", `config.nodeGroups=[{"id":"runners","max":3,"template":{"capacity":{"cpu":"8","memory":"32Gi","pods":"110"},"zone":"a","instanceType":"kwok.8x"}}]`)
 	for _, name := range []string{"hearth", "cluster-autoscaler"} {
-		account, err := cluster.ServiceAccountConfig(ctx, "ci-system", name)
-		i.must(err)
-		i.must(cluster.WriteKubeconfig(filepath.Join(dir, name+".kubeconfig"), account))
+		i.account(cluster, name)
 	}
-	for name, text := range i.secret("hearth-server") {
-		i.must(os.WriteFile(filepath.Join(dir, name), text, 0o600))
-	}
-	provider, _ := i.config()
-	path := filepath.Join(dir, "hearth.yaml")
+	provider, _ := i.config(i.secret("hearth-server"))
+	path := filepath.Join(i.dir, "hearth.yaml")
 	if out, err := exec.CommandContext(ctx, hearth, "check", "--config", path, "--live").CombinedOutput(); err != nil {
 		t.Errorf("what helm test runs: %v\n%s", err, out)
 	}
@@ -67,23 +50,13 @@ func TestInstallAutoscalerRights(t *testing.T) {
 	text, err = yaml.Marshal(file)
 	i.must(err)
 	i.must(os.WriteFile(path, text, 0o600))
-	process, err := cluster.Spawn("hearth", hearth, nil, "serve", "--config", path, "--log-format", "text")
-	i.must(err)
-	t.Cleanup(func() {
-		process.Kill()
-		if t.Failed() {
-			t.Logf("hearth:\n%s", process.LogTail())
-		}
-	})
+	i.serve(cluster)
 
 	d, err := i.kube.AppsV1().Deployments("ci-system").Get(ctx, "cluster-autoscaler", metav1.GetOptions{})
 	i.must(err)
-	i.must(os.WriteFile(filepath.Join(dir, "cloud.yaml"), fmt.Appendf(nil, "address: %q\n", provider), 0o600))
-	l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", "127.0.0.1:0")
-	i.must(err)
-	probe := l.Addr().String()
-	i.must(l.Close())
-	args := []string{"--kubeconfig=" + filepath.Join(dir, "cluster-autoscaler.kubeconfig"), "--cloud-config=" + filepath.Join(dir, "cloud.yaml"), "--expander=least-waste", "--address=" + probe, "--v=4"}
+	i.must(os.WriteFile(filepath.Join(i.dir, "cloud.yaml"), fmt.Appendf(nil, "address: %q\n", provider), 0o600))
+	probe := localcluster.FreeAddress()
+	args := []string{"--kubeconfig=" + filepath.Join(i.dir, "cluster-autoscaler.kubeconfig"), "--cloud-config=" + filepath.Join(i.dir, "cloud.yaml"), "--expander=least-waste", "--address=" + probe, "--v=4"}
 	for _, arg := range d.Spec.Template.Spec.Containers[0].Command[1:] {
 		if !strings.HasPrefix(arg, "--cloud-config") && !strings.Contains(arg, "expander") {
 			args = append(args, arg)

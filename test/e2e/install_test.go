@@ -35,38 +35,15 @@ import (
 func TestInstall(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
-	logger := slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	cluster, err := localcluster.Start(ctx, localcluster.Config{Logger: logger})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cluster.Stop() })
-	dir := t.TempDir()
-	i := &installation{t: t, ctx: ctx, dir: dir, admin: filepath.Join(dir, "admin.kubeconfig")}
-	i.must(cluster.WriteKubeconfig(i.admin, cluster.AdminConfig()))
-	i.kube, err = kubernetes.NewForConfig(cluster.AdminConfig())
-	i.must(err)
+	i, cluster := newInstallation(t)
 	i.helm("install", "../../charts/hearth", "--create-namespace")
-
 	server, before := i.secret("hearth-server"), i.secret("hearth-client")
-	account, err := cluster.ServiceAccountConfig(ctx, "ci-system", "hearth")
-	i.must(err)
-	i.must(cluster.WriteKubeconfig(filepath.Join(dir, "hearth.kubeconfig"), account))
-	for name, text := range server {
-		i.must(os.WriteFile(filepath.Join(dir, name), text, 0o600))
-	}
-	provider, expander := i.config()
-	process, err := cluster.Spawn("hearth", hearth, nil, "serve", "--config", filepath.Join(dir, "hearth.yaml"), "--log-format", "text")
-	i.must(err)
-	t.Cleanup(func() {
-		process.Kill()
-		if t.Failed() {
-			t.Logf("hearth:\n%s", process.LogTail())
-		}
-	})
+	i.account(cluster, "hearth")
+	provider, expander := i.config(server)
+	i.serve(cluster)
 	flags := playground.DefaultFlags()
 	autoscaler, err := refautoscaler.New(refautoscaler.Config{
-		Flags: flags, Kube: i.kube, Provider: i.dial(provider, before, true), Expander: i.dial(expander, before, false), Logger: logger,
+		Flags: flags, Kube: i.kube, Provider: i.dial(provider, before, true), Expander: i.dial(expander, before, false), Logger: i.logger,
 	})
 	i.must(err)
 	scaling, stop := context.WithCancel(ctx)
@@ -112,7 +89,7 @@ func TestInstall(t *testing.T) {
 	}
 
 	// The next version of the chart.
-	next := filepath.Join(dir, "next")
+	next := filepath.Join(i.dir, "next")
 	i.must(os.CopyFS(next, os.DirFS("../../charts/hearth")))
 	about, err := os.ReadFile(filepath.Join(next, "Chart.yaml"))
 	i.must(err)
@@ -140,8 +117,47 @@ func TestInstall(t *testing.T) {
 type installation struct {
 	t          *testing.T
 	ctx        context.Context
+	logger     *slog.Logger
 	dir, admin string
 	kube       kubernetes.Interface
+}
+
+// newInstallation starts an empty cluster to install into.
+func newInstallation(t *testing.T) (*installation, *localcluster.Cluster) {
+	t.Helper()
+	logger := slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelWarn}))
+	cluster, err := localcluster.Start(t.Context(), localcluster.Config{Logger: logger})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cluster.Stop() })
+	dir := t.TempDir()
+	i := &installation{t: t, ctx: t.Context(), logger: logger, dir: dir, admin: filepath.Join(dir, "admin.kubeconfig")}
+	i.must(cluster.WriteKubeconfig(i.admin, cluster.AdminConfig()))
+	i.kube, err = kubernetes.NewForConfig(cluster.AdminConfig())
+	i.must(err)
+	return i, cluster
+}
+
+// account writes the kubeconfig of an installed service account.
+func (i *installation) account(cluster *localcluster.Cluster, name string) {
+	i.t.Helper()
+	account, err := cluster.ServiceAccountConfig(i.ctx, "ci-system", name)
+	i.must(err)
+	i.must(cluster.WriteKubeconfig(filepath.Join(i.dir, name+".kubeconfig"), account))
+}
+
+// serve runs Hearth with the config file until the test ends.
+func (i *installation) serve(cluster *localcluster.Cluster) {
+	i.t.Helper()
+	process, err := cluster.Spawn("hearth", hearth, nil, "serve", "--config", filepath.Join(i.dir, "hearth.yaml"), "--log-format", "text")
+	i.must(err)
+	i.t.Cleanup(func() {
+		process.Kill()
+		if i.t.Failed() {
+			i.t.Logf("hearth:\n%s", process.LogTail())
+		}
+	})
 }
 
 func (i *installation) must(err error) {
@@ -189,10 +205,13 @@ func (i *installation) secret(name string) map[string][]byte {
 	return s.Data
 }
 
-// config writes the installed config file as it would be mounted, but for where
-// files are and ports are taken; it returns the addresses of provider and expander.
-func (i *installation) config() (provider, expander string) {
+// config writes the installed config file and its certificates as they would be
+// mounted, but for where files are and ports are taken; it returns the addresses of provider and expander.
+func (i *installation) config(server map[string][]byte) (provider, expander string) {
 	i.t.Helper()
+	for name, text := range server {
+		i.must(os.WriteFile(filepath.Join(i.dir, name), text, 0o600))
+	}
 	m, err := i.kube.CoreV1().ConfigMaps("ci-system").Get(i.ctx, "hearth-config", metav1.GetOptions{})
 	i.must(err)
 	var file map[string]any
