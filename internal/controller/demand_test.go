@@ -78,11 +78,13 @@ func TestRunnersStartNodes(t *testing.T) {
 		l.start()
 		l.refresh()
 		coming := func(n int) {
-			since := make([]time.Time, n)
-			for i := range since {
-				since[i] = time.Now()
+			for i := range 2 {
+				since := time.Now()
+				if i >= n {
+					since = time.Time{}
+				}
+				l.world.RunnerComing(runners, fmt.Sprint("runner-", i), since)
 			}
-			l.world.RunnersComing(runners, since)
 		}
 		coming(2)
 		l.within(time.Second, "a launch", func() bool { return l.cloud.desired(runners) == 2 })

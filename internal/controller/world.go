@@ -32,7 +32,7 @@ type World struct {
 	uses        map[model.NodeName]model.EngineUse
 	jobs        []demand.Job
 	listings    []demand.Listing
-	coming      map[model.GroupID][]time.Time
+	coming      map[model.GroupID]map[string]time.Time // runners without a pod
 	annotations map[model.GroupID]map[string]string
 	wake        chan struct{}
 }
@@ -61,7 +61,7 @@ func NewWorld(groups []model.NodeGroup) *World {
 		nodes:       map[model.NodeName]nodeChange{},
 		pods:        map[podKey]podChange{},
 		uses:        map[model.NodeName]model.EngineUse{},
-		coming:      map[model.GroupID][]time.Time{},
+		coming:      map[model.GroupID]map[string]time.Time{},
 		annotations: map[model.GroupID]map[string]string{},
 		wake:        make(chan struct{}, 1),
 	}
@@ -219,22 +219,29 @@ func (w *World) JobsListed(l demand.Listing) bool {
 	return true
 }
 
-// RunnersComing notes when the runners were created that ask for the group and
-// have no pod yet.
-func (w *World) RunnersComing(group model.GroupID, since []time.Time) {
+// RunnerComing notes when a runner was created that asks for the group and has no
+// pod yet; zero: no more.
+func (w *World) RunnerComing(group model.GroupID, runner string, since time.Time) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.coming[group] = since; len(since) == 0 {
-		delete(w.coming, group)
+	if w.coming[group] == nil {
+		w.coming[group] = map[string]time.Time{}
+	}
+	if w.coming[group][runner] = since; since.IsZero() {
+		delete(w.coming[group], runner)
 	}
 	w.changed()
 }
 
-// runnersComing returns them by group.
+// runnersComing returns when the runners without a pod were created, by group.
 func (w *World) runnersComing() map[model.GroupID][]time.Time {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return maps.Clone(w.coming)
+	coming := make(map[model.GroupID][]time.Time, len(w.coming))
+	for group, runners := range w.coming {
+		coming[group] = slices.Collect(maps.Values(runners))
+	}
+	return coming
 }
 
 // takeJobs returns what CI systems told since the last call, in that order.

@@ -87,6 +87,9 @@ func (e *examination) pod(p *corev1.Pod) {
 		if seen.EngineState.ToleratesDrain {
 			e.tolerant.add(p)
 		}
+		if p.DeletionTimestamp != nil { // another takes its place
+			break
+		}
 		if e.engineOn[p.Spec.NodeName] {
 			e.double.add(p)
 		}

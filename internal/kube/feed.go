@@ -38,9 +38,9 @@ type Sink interface {
 	PodChanged(model.Pod)
 	// PodGone tells the last that was known of a pod that was deleted.
 	PodGone(model.Pod)
-	// RunnersComing tells when the runners were created that ask for the group by
-	// name and have no pod yet, the oldest first.
-	RunnersComing(group model.GroupID, since []time.Time)
+	// RunnerComing tells when a runner was created that asks for the group by name
+	// and has no pod yet; zero: it has one, or is gone.
+	RunnerComing(group model.GroupID, runner string, since time.Time)
 	// AnnotationsChanged tells the annotations with Hearth's prefix that
 	// people put on the group's object; none when the object is gone.
 	AnnotationsChanged(model.GroupID, map[string]string)
@@ -83,10 +83,9 @@ type Feed struct {
 	runners  *mirror[runnerJob]
 	jobs     map[types.NamespacedName]runnerJob
 	podNames map[types.NamespacedName]types.UID
-	// coming are the runners without a pod, by the label of their group, met
-	// those that have or had one.
-	coming map[string]map[types.NamespacedName]time.Time
-	met    map[types.NamespacedName]bool
+	// coming are the runners that were told to be without a pod, met those that
+	// have or had one.
+	coming, met map[types.NamespacedName]bool
 }
 
 // groupNotes is what people write about a group.
@@ -103,7 +102,7 @@ func NewFeed(cfg FeedConfig) (*Feed, error) {
 	f := &Feed{
 		cfg: cfg, nodeLabels: map[model.NodeName]string{}, labelled: map[string]model.GroupID{},
 		jobs: map[types.NamespacedName]runnerJob{}, podNames: map[types.NamespacedName]types.UID{},
-		coming: map[string]map[types.NamespacedName]time.Time{}, met: map[types.NamespacedName]bool{},
+		coming: map[types.NamespacedName]bool{}, met: map[types.NamespacedName]bool{},
 	}
 	f.reader = podReader{
 		engines: cfg.Engines,

@@ -49,10 +49,10 @@ func (s *logSink) NodeGone(n model.Node)    { s.note("node %s %s gone", n.Name, 
 func (s *logSink) PodChanged(p model.Pod) {
 	s.note("pod %s %s on %q key %q engine=%v finished=%v", p.Name, p.UID, p.Node, p.Key, p.Kind == model.PodEngine, !p.Finished.IsZero())
 }
-func (s *logSink) PodGone(p model.Pod)                   { s.note("pod %s %s gone", p.Name, p.UID) }
-func (discard) RunnersComing(model.GroupID, []time.Time) {}
+func (s *logSink) PodGone(p model.Pod)                        { s.note("pod %s %s gone", p.Name, p.UID) }
+func (discard) RunnerComing(model.GroupID, string, time.Time) {}
 
-func (*logSink) RunnersComing(model.GroupID, []time.Time) {}
+func (*logSink) RunnerComing(model.GroupID, string, time.Time) {}
 
 func (s *logSink) AnnotationsChanged(g model.GroupID, a map[string]string) {
 	s.note("annotations of %s: %v", g, a)

@@ -2,8 +2,6 @@ package kube
 
 import (
 	"context"
-	"maps"
-	"slices"
 	"strings"
 	"time"
 
@@ -104,26 +102,21 @@ func (f *Feed) meet(p model.Pod) {
 	}
 }
 
-// tellComing tells of the runners that ask for r's group and have no pod yet. A
-// runner is there seconds before its pod: it is registered with GitHub first.
-// The sets of runners would say so hardly earlier, and say wrongly that runners
-// are missing from when one ends until the set is scaled down.
+// tellComing tells whether a runner that asks for a group has no pod yet. A runner
+// is there seconds before its pod: it is registered with GitHub first. The sets of
+// runners would say so hardly earlier, and say wrongly that runners are missing from
+// when one ends until the set is scaled down.
 func (f *Feed) tellComing(r runnerJob) {
-	if r.group == "" {
-		return
+	coming := r.group != "" && !r.ended && !r.busy && !f.met[r.name]
+	switch {
+	case coming == f.coming[r.name]:
+	case coming:
+		f.coming[r.name] = true
+		f.cfg.Sink.RunnerComing(f.groupOf(r.group), r.name.String(), r.created)
+	default:
+		delete(f.coming, r.name)
+		f.cfg.Sink.RunnerComing(f.groupOf(r.group), r.name.String(), time.Time{})
 	}
-	if r.ended || r.busy || f.met[r.name] {
-		if _, told := f.coming[r.group][r.name]; !told {
-			return
-		}
-		delete(f.coming[r.group], r.name)
-	} else {
-		if f.coming[r.group] == nil {
-			f.coming[r.group] = map[types.NamespacedName]time.Time{}
-		}
-		f.coming[r.group][r.name] = r.created
-	}
-	f.cfg.Sink.RunnersComing(f.groupOf(r.group), slices.SortedFunc(maps.Values(f.coming[r.group]), time.Time.Compare))
 }
 
 // ofRunner fills in what the EphemeralRunner of a pod tells.

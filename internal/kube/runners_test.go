@@ -11,6 +11,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -48,6 +49,7 @@ func runnerObject(name, uid string, status map[string]any) *unstructured.Unstruc
 	o.SetNamespace("ci")
 	o.SetName(name)
 	o.SetUID(types.UID(uid))
+	o.SetCreationTimestamp(metav1.Unix(1767600000, 0))
 	if status != nil {
 		o.Object["status"] = status
 	}
@@ -182,13 +184,18 @@ func TestJobsOfEphemeralRunners(t *testing.T) {
 type comingSink struct {
 	logSink
 	state sync.Mutex
-	last  map[model.GroupID][]time.Time
+	last  map[model.GroupID]map[string]time.Time
 }
 
-func (s *comingSink) RunnersComing(g model.GroupID, since []time.Time) {
+func (s *comingSink) RunnerComing(g model.GroupID, runner string, since time.Time) {
 	s.state.Lock()
 	defer s.state.Unlock()
-	s.last[g] = since
+	if s.last[g] == nil {
+		s.last[g] = map[string]time.Time{}
+	}
+	if s.last[g][runner] = since; since.IsZero() {
+		delete(s.last[g], runner)
+	}
 }
 
 // A runner that asks for a node group counts from its creation to its pod, and
@@ -204,7 +211,7 @@ func TestRunnersComing(t *testing.T) {
 			return o
 		}
 		c := newClient(t, interceptor.Funcs{}, pod("had", "p1", "n", set), asking("had", "r1", nil), asking("done", "r2", map[string]any{"phase": "Succeeded"}), runnerObject("anywhere", "r3", nil))
-		sink := &comingSink{last: map[model.GroupID][]time.Time{}}
+		sink := &comingSink{last: map[model.GroupID]map[string]time.Time{}}
 		f, err := NewFeed(FeedConfig{
 			Client: listOnly{c}, Sink: sink, Engines: engineSelector(t), Logger: slog.New(slog.DiscardHandler),
 			KeysFor: func(model.GroupID) []string { return nil },
@@ -252,7 +259,7 @@ func TestRunnersComing(t *testing.T) {
 		synctest.Wait()
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if len(f.met) != 0 || len(f.coming["runners"]) != 0 {
+		if len(f.met) != 0 || len(f.coming) != 0 {
 			t.Errorf("kept: met %v, coming %v", f.met, f.coming)
 		}
 	})

@@ -73,11 +73,11 @@ func newDesk(t testing.TB) *desk {
 // nowhere is told nothing: the feed is not run.
 type nowhere struct{}
 
-func (nowhere) NodeChanged(model.Node)                   {}
-func (nowhere) NodeGone(model.Node)                      {}
-func (nowhere) PodChanged(model.Pod)                     {}
-func (nowhere) PodGone(model.Pod)                        {}
-func (nowhere) RunnersComing(model.GroupID, []time.Time) {}
+func (nowhere) NodeChanged(model.Node)                        {}
+func (nowhere) NodeGone(model.Node)                           {}
+func (nowhere) PodChanged(model.Pod)                          {}
+func (nowhere) PodGone(model.Pod)                             {}
+func (nowhere) RunnerComing(model.GroupID, string, time.Time) {}
 
 func (nowhere) AnnotationsChanged(model.GroupID, map[string]string) {}
 

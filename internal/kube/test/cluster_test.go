@@ -343,11 +343,11 @@ func newSeen() *seen {
 	return &seen{nodes: map[model.InstanceID]model.Node{}, pods: map[string]model.Pod{}, annotations: map[model.GroupID]map[string]string{}}
 }
 
-func (s *seen) NodeChanged(n model.Node)               { s.mu.Lock(); defer s.mu.Unlock(); s.nodes[n.ID] = n }
-func (s *seen) NodeGone(n model.Node)                  { s.mu.Lock(); defer s.mu.Unlock(); delete(s.nodes, n.ID) }
-func (s *seen) PodChanged(p model.Pod)                 { s.mu.Lock(); defer s.mu.Unlock(); s.pods[p.Name] = p }
-func (s *seen) PodGone(p model.Pod)                    { s.mu.Lock(); defer s.mu.Unlock(); delete(s.pods, p.Name) }
-func (*seen) RunnersComing(model.GroupID, []time.Time) {}
+func (s *seen) NodeChanged(n model.Node)                    { s.mu.Lock(); defer s.mu.Unlock(); s.nodes[n.ID] = n }
+func (s *seen) NodeGone(n model.Node)                       { s.mu.Lock(); defer s.mu.Unlock(); delete(s.nodes, n.ID) }
+func (s *seen) PodChanged(p model.Pod)                      { s.mu.Lock(); defer s.mu.Unlock(); s.pods[p.Name] = p }
+func (s *seen) PodGone(p model.Pod)                         { s.mu.Lock(); defer s.mu.Unlock(); delete(s.pods, p.Name) }
+func (*seen) RunnerComing(model.GroupID, string, time.Time) {}
 
 func (s *seen) AnnotationsChanged(g model.GroupID, a map[string]string) {
 	s.mu.Lock()
