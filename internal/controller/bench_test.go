@@ -30,13 +30,17 @@ func (*still) ClearCATaint(context.Context, model.NodeName, string) error       
 func (*still) Delete(context.Context, model.NodeName, string) error               { return nil }
 func (*still) Label(context.Context, model.NodeName, string, model.GroupID) error { return nil }
 func (*still) Mark(context.Context, model.NodeName, string, model.Marks) error    { return nil }
-func (*still) PodsOn(context.Context, model.NodeName) ([]model.Pod, error)        { return nil, nil }
-func (*still) StopEngine(context.Context, model.Pod) (bool, error)                { return false, nil }
-func (*still) ReleaseEngine(context.Context, model.Pod) error                     { return nil }
-func (*still) Node(model.Node, model.Severity, string, string)                    {}
-func (*still) Group(model.GroupID, model.Severity, string, string)                {}
-func (*still) SaveNode(context.Context, model.NodeRecord) error                   { return nil }
-func (*still) DeleteNode(context.Context, model.InstanceID) error                 { return nil }
+func (*still) NodeOf(context.Context, model.InstanceID) (model.Node, error) {
+	return model.Node{}, nil
+}
+
+func (*still) PodsOn(context.Context, model.NodeName) ([]model.Pod, error) { return nil, nil }
+func (*still) StopEngine(context.Context, model.Pod) (bool, error)         { return false, nil }
+func (*still) ReleaseEngine(context.Context, model.Pod) error              { return nil }
+func (*still) Node(model.Node, model.Severity, string, string)             {}
+func (*still) Group(model.GroupID, model.Severity, string, string)         {}
+func (*still) SaveNode(context.Context, model.NodeRecord) error            { return nil }
+func (*still) DeleteNode(context.Context, model.InstanceID) error          { return nil }
 func (*still) SaveGroup(context.Context, model.GroupID, nodegroups.Record, model.GroupSummary) error {
 	return nil
 }

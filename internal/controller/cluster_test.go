@@ -349,6 +349,20 @@ func (c *fakeCluster) Delete(ctx context.Context, name model.NodeName, uid strin
 	})
 }
 
+func (c *fakeCluster) NodeOf(ctx context.Context, id model.InstanceID) (found model.Node, err error) {
+	err = c.call(ctx, "node-of", func() error {
+		c.state.Lock()
+		defer c.state.Unlock()
+		for _, n := range c.nodes {
+			if n.ID == id {
+				found = n
+			}
+		}
+		return nil
+	})
+	return found, err
+}
+
 func (c *fakeCluster) PodsOn(ctx context.Context, node model.NodeName) (pods []model.Pod, err error) {
 	err = c.call(ctx, "pods-on", func() error {
 		c.state.Lock()

@@ -583,6 +583,7 @@ type finding struct {
 	idle    bool        // Confirm: no runner pods are on the node
 	engines []model.Pod // Confirm
 	gone    bool        // StopEngine
+	node    model.Node  // Look; zero: there is none
 }
 
 // beside makes a call beside the loop, once there is a place for it.
@@ -640,6 +641,8 @@ func (c *Controller) act(ctx context.Context, e nodegroups.Effect) (found findin
 		pods, err = c.cfg.Pods.PodsOn(ctx, e.Node.Name)
 		found.engines = slices.DeleteFunc(slices.Clone(pods), func(p model.Pod) bool { return p.Kind != model.PodEngine })
 		found.idle = err == nil && len(found.engines) == len(pods)
+	case nodegroups.Look:
+		found.node, err = c.cfg.Pods.NodeOf(ctx, e.Node.ID)
 	case nodegroups.StopEngine:
 		found.gone, err = c.cfg.Engines.StopEngine(ctx, e.Engine)
 	case nodegroups.ReleaseEngine:
@@ -671,6 +674,11 @@ func (o *owner) finished(r result) {
 	case r.err != nil:
 	case r.effect.Verb == nodegroups.Confirm:
 		o.apply(g, nodegroups.Confirmed{Instance: r.effect.Node.ID, Idle: r.idle, Engines: r.engines})
+	case r.effect.Verb == nodegroups.Look:
+		if r.node.Name != "" {
+			o.observeNode(nodeChange{node: r.node})
+		}
+		o.apply(g, nodegroups.Looked{Instance: r.effect.Node.ID})
 	case r.effect.Verb == nodegroups.StopEngine && r.gone:
 		o.apply(g, nodegroups.EngineGone{Instance: r.effect.Node.ID, UID: r.effect.Engine.UID})
 	}

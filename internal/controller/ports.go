@@ -67,8 +67,10 @@ type Nodes interface {
 	Mark(ctx context.Context, name model.NodeName, uid string, marks model.Marks) error
 }
 
-// Pods reads pods past every cache.
+// Pods reads pods, and the Nodes under them, past every cache.
 type Pods interface {
+	// NodeOf returns the Node of an instance, zero when there is none.
+	NodeOf(ctx context.Context, id model.InstanceID) (model.Node, error)
 	// PodsOn lists the pods that are bound to the node: those of CI jobs that
 	// have not finished, and engines.
 	PodsOn(ctx context.Context, node model.NodeName) ([]model.Pod, error)

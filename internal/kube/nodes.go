@@ -27,11 +27,15 @@ import (
 type Nodes struct {
 	client client.Client
 	reader podReader
+
+	reading    chan struct{} // has room for who reads all Nodes
+	readAt     time.Time     // when that began
+	byInstance map[model.InstanceID]model.Node
 }
 
 // NewNodes returns Nodes; engines selects the pods that are Dagger engines.
 func NewNodes(c client.Client, engines EngineSelector) *Nodes {
-	return &Nodes{client: c, reader: podReader{
+	return &Nodes{client: c, reading: make(chan struct{}, 1), reader: podReader{
 		engines:   engines,
 		groupOf:   func(label string) model.GroupID { return model.GroupID(label) },
 		nodeGroup: func(model.NodeName) model.GroupID { return "" },
@@ -116,6 +120,33 @@ func (n *Nodes) PodsOn(ctx context.Context, name model.NodeName) ([]model.Pod, e
 		}
 	}
 	return pods, nil
+}
+
+// NodeOf returns the Node of an instance, zero when there is none. It asks the API
+// server and not a cache. No field selector knows provider ids, so that it reads all
+// Nodes; calls that come while one reads share the next reading.
+func (n *Nodes) NodeOf(ctx context.Context, id model.InstanceID) (model.Node, error) {
+	asked := time.Now()
+	select {
+	case n.reading <- struct{}{}:
+		defer func() { <-n.reading }()
+	case <-ctx.Done():
+		return model.Node{}, fmt.Errorf("looking for the node of %q: %w", id, ctx.Err())
+	}
+	if !n.readAt.After(asked) {
+		readAt := time.Now()
+		var list corev1.NodeList
+		if err := n.client.List(ctx, &list); err != nil {
+			return model.Node{}, fmt.Errorf("looking for the node of %q: %w", id, err)
+		}
+		n.readAt, n.byInstance = readAt, make(map[model.InstanceID]model.Node, len(list.Items))
+		for i := range list.Items {
+			if node, matters := readNode(&list.Items[i]); matters {
+				n.byInstance[node.ID] = node
+			}
+		}
+	}
+	return n.byInstance[id], nil
 }
 
 // Uninstall takes everything of ours off every Node. It does all that it can

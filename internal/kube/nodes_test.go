@@ -4,7 +4,10 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -255,5 +258,54 @@ func TestPodsOn(t *testing.T) {
 	}
 	if diff := cmp.Diff(map[string]model.PodKind{"job": model.PodRunner, "engine": model.PodEngine}, kinds); diff != "" {
 		t.Errorf("(-want +got):\n%s", diff)
+	}
+}
+
+// The Node of an instance is looked for at the API server; who asks while all are
+// being read shares the next reading, and nobody is answered by an older one.
+func TestNodeOf(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lists := 0
+		var mu sync.Mutex
+		c := newClient(t, interceptor.Funcs{List: func(ctx context.Context, c client.WithWatch, list client.ObjectList, opts ...client.ListOption) error {
+			mu.Lock()
+			lists++
+			mu.Unlock()
+			err := c.List(ctx, list, opts...)
+			time.Sleep(time.Second)
+			return err
+		}}, node("n-1", "u-1", "runners", corev1.ConditionTrue))
+		n := NewNodes(c, engineSelector(t))
+		id := nodeFrom(node("n-1", "u-1", "runners", corev1.ConditionTrue)).ID
+		found, err := n.NodeOf(t.Context(), id)
+		if err != nil || found.Name != "n-1" || !found.Ready {
+			t.Errorf("found %+v, %v", found, err)
+		}
+		if none, err := n.NodeOf(t.Context(), "fake:///nobody"); err != nil || none.Name != "" {
+			t.Errorf("found %+v, %v", none, err)
+		}
+		before := lists
+		var asking sync.WaitGroup
+		for range 50 {
+			asking.Go(func() {
+				if _, err := n.NodeOf(t.Context(), id); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		asking.Wait()
+		if lists-before > 2 {
+			t.Errorf("50 who asked at once took %d readings", lists-before)
+		}
+		must(t, c.Delete(t.Context(), node("n-1", "u-1", "", "")))
+		if late, err := n.NodeOf(t.Context(), id); err != nil || late.Name != "" {
+			t.Errorf("a node that is gone was found: %+v, %v", late, err)
+		}
+	})
+	broken := newClient(t, interceptor.Funcs{List: func(context.Context, client.WithWatch, client.ObjectList, ...client.ListOption) error {
+		return errors.New("refused")
+	}})
+	if _, err := NewNodes(broken, engineSelector(t)).NodeOf(t.Context(), "i"); err == nil {
+		t.Error("a reading that failed found nothing, and said so as if it were true")
 	}
 }

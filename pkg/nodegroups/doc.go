@@ -26,8 +26,8 @@
 //     [CommitSoon] may be written later: it can be derived again.
 //  3. Keep the clone, publish View, answer.
 //  4. Carry out the effects, in any order, each once; report every one with a
-//     [Done] event, failed ones too; Confirm and StopEngine have answers of
-//     their own besides ([Confirmed], [EngineGone]). What is watched must have
+//     [Done] event, failed ones too; Confirm, Look and StopEngine have answers
+//     of their own besides ([Confirmed], [Looked], [EngineGone]). What is watched must have
 //     been told as it was at the start. After a cloud effect read the cloud anew:
 //     Ready holds back further cloud effects of the group until a snapshot
 //     that began after the last one ended has been observed.

@@ -33,6 +33,10 @@ const (
 	// Confirm lists the runner pods and engines of Node by a live read and
 	// answers with a Confirmed event.
 	Confirm Verb = "confirm"
+	// Look looks for the Node of an instance by a live read and answers with a
+	// Looked event, after an ObserveNode when there is one. Node has no more than
+	// the instance's id.
+	Look Verb = "look"
 	// StopEngine puts our finalizer on the pod Engine and deletes it, both with
 	// its UID as precondition. When there is no such pod any more it answers
 	// with an EngineGone event. ReleaseEngine takes the finalizer off.
@@ -298,6 +302,11 @@ func (g *Group) nodeEffects(now time.Time) []Effect {
 			}
 		case !node.CATaintSince.IsZero() && now.Sub(node.CATaintSince) >= strayTaintAge:
 			add(ClearAutoscalerTaint, node)
+		}
+	}
+	for id, intent := range g.record.Intents {
+		if intent.Stage == StageDraining && g.mustLook(id, now) {
+			add(Look, model.Node{ID: id})
 		}
 	}
 	slices.SortFunc(effects, byKey)

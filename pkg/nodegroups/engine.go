@@ -97,6 +97,7 @@ func (m *member) beginDrain() {
 // drain is what was found out of a node that leaves, in this life.
 type drain struct {
 	taintedAt time.Time // when our taint was put on
+	looked    bool      // for its Node, by a live read
 	// confirmed: a live read since found no runner pods, at a time.
 	confirmed   bool
 	confirmedAt time.Time
@@ -156,11 +157,26 @@ func (i Intent) tooLong(now time.Time) bool {
 	return i.Stage == StageDraining && now.Sub(i.Since) >= drainTimeout
 }
 
+// mustLook says whether an instance that runs has a Node that is missing, or long
+// NotReady, by the watch alone: the watch may be silent, the node have become Ready
+// since, and a job run on it.
+func (g *Group) mustLook(id model.InstanceID, now time.Time) bool {
+	m := g.members[id]
+	if m == nil || m.looked || !g.settings.Runner() || m.cloud.State != model.InstanceRunning {
+		return false
+	}
+	node, registered := g.nodes[id]
+	return !registered || dead(node, now)
+}
+
 // advanceDrain goes on to the engine once nothing uses the node any more: our
 // taint is on, and a live read has found no runner pods since.
 func (g *Group) advanceDrain(id model.InstanceID, intent Intent, now time.Time, out *Outcome) {
 	m := g.members[id]
 	node, registered := g.nodes[id]
+	if g.mustLook(id, now) {
+		return
+	}
 	if !registered || dead(node, now) {
 		// Nothing to drain, and nobody who would stop an engine.
 		exit := ExitLost

@@ -115,6 +115,9 @@ func (s *stopping) run(d time.Duration) (done []string) {
 			if e.Verb == Confirm && err == nil {
 				s.step(Confirmed{Instance: "i", Idle: true, Engines: s.live})
 			}
+			if e.Verb == Look && err == nil {
+				s.step(Looked{Instance: "i"})
+			}
 			if e.Verb == Taint {
 				s.node(true)
 			}

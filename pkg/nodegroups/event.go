@@ -77,6 +77,8 @@ type (
 		Idle     bool
 		Engines  []model.Pod
 	}
+	// Looked answers a Look effect: what there is of a Node is known.
+	Looked struct{ Instance model.InstanceID }
 	// EngineGone answers a StopEngine effect: the pod does not exist.
 	EngineGone struct {
 		Instance model.InstanceID
@@ -106,5 +108,6 @@ func (DeleteNodes) isEvent()        {}
 func (DecreaseTargetSize) isEvent() {}
 func (Prescale) isEvent()           {}
 func (Confirmed) isEvent()          {}
+func (Looked) isEvent()             {}
 func (EngineGone) isEvent()         {}
 func (Done) isEvent()               {}

@@ -25,6 +25,10 @@ const (
 	// age up to which CA by default holds one that is not Ready for starting.
 	readyAge    = 2 * time.Second
 	startupTime = 15 * time.Minute
+	// listedAge is how long before a Refresh a node must have been Ready for CA
+	// to have listed it so: CA lists its nodes first, from a watch of its own.
+	// In between it asks for a node that it does not see, and must get that one.
+	listedAge = 500 * time.Millisecond
 	// lostAfter is how many snapshots in a row must lack an instance before
 	// it counts as gone: clouds list with eventual consistency.
 	lostAfter = 2
@@ -97,9 +101,10 @@ type member struct {
 	// adopted: nobody asked for it, and instances are missing: it may be the
 	// cloud's own replacement of one that is not yet known to be lost.
 	adopted bool
-	// readySince is the first of the Refreshes at which the node was Ready,
-	// zero when it was not at the last one; refreshes counts those at which it
-	// was and was hidden.
+	// readyAt is when the node was first seen Ready. readySince is the first of
+	// the Refreshes at which CA has listed it so, zero when it had not at the
+	// last one; refreshes counts those at which it had and it was hidden.
+	readyAt    time.Time
 	refreshes  int
 	readySince time.Time
 	wasReady   bool
@@ -399,7 +404,7 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 	case ObserveCloud:
 		g.observeCloud(e.Snapshot, now, &out)
 	case ObserveNode:
-		g.observeNode(e.Node)
+		g.observeNode(e.Node, now)
 	case ObserveNodeGone:
 		g.observeNodeGone(e.Instance, &out)
 	case Known:
@@ -440,6 +445,10 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 		g.prescale(e, now, &out)
 	case Confirmed:
 		g.confirm(e, now)
+	case Looked:
+		if m := g.members[e.Instance]; m != nil {
+			m.looked = true
+		}
 	case EngineGone:
 		if m := g.members[e.Instance]; m != nil {
 			m.gone, m.goneAt = e.UID, now
@@ -458,9 +467,13 @@ func (g *Group) Step(event Event, now time.Time) (Outcome, error) {
 	return out, nil
 }
 
-func (g *Group) observeNode(n model.Node) {
+func (g *Group) observeNode(n model.Node, now time.Time) {
+	before := g.nodes[n.ID]
 	g.nodes[n.ID] = n
 	if m := g.members[n.ID]; m != nil {
+		if n.Ready && !before.Ready {
+			m.readyAt = now
+		}
 		m.wasReady = m.wasReady || wasReady(n)
 	}
 }
@@ -542,7 +555,7 @@ func (g *Group) observeCloud(s model.GroupSnapshot, now time.Time, out *Outcome)
 // bind makes an instance that was not seen before a member.
 func (g *Group) bind(i model.Instance, now time.Time, out *Outcome) {
 	revealed, hidden := g.Unborn()
-	m := &member{cloud: i}
+	m := &member{cloud: i, readyAt: now}
 	if n, ok := g.nodes[i.ID]; ok {
 		m.wasReady = wasReady(n)
 	}
@@ -648,7 +661,7 @@ func (g *Group) refresh(now time.Time, out *Outcome) {
 	}
 	for _, id := range g.memberIDs() {
 		m := g.members[id]
-		if !g.nodes[id].Ready {
+		if !g.nodes[id].Ready || now.Sub(m.readyAt) < listedAge {
 			m.refreshes, m.readySince = 0, time.Time{}
 			continue
 		}
@@ -858,11 +871,11 @@ func (g *Group) deleteNodes(e DeleteNodes, now time.Time, out *Outcome) error {
 		if g.settings.Runner() && g.settings.Park == ParkStop && g.verdicts[id].Decision == model.DecisionPark && !g.neverReady(id) {
 			intent.Desired = model.DesiredParked
 		}
-		if !g.settings.Runner() || g.nodes[id].Name == "" && g.neverReady(id) {
+		g.members[id].beginDrain()
+		if !g.settings.Runner() || g.nodes[id].Name == "" && g.neverReady(id) && !g.mustLook(id, now) {
 			intent.Stage = StageStopping
 		}
 		g.record.Intents[id] = intent
-		g.members[id].beginDrain()
 		out.note(CommitFirst, "drain", "scale-down", 1, id)
 	}
 	for _, id := range placeholders {

@@ -64,6 +64,7 @@ type call struct {
 	landed bool
 	answer bool        // of Confirm: idle; of StopEngine: gone
 	pods   []model.Pod // of Confirm
+	node   model.Node  // of Look
 }
 
 // reading is a read of the cloud under way: begun, then answered, then
@@ -400,7 +401,7 @@ func (s *sim) land(c *call) {
 			s.t.Fatalf("the Node of %s is deleted, which is %s", e.Node.ID, s.w.instances[e.Node.ID].State)
 		}
 	}
-	c.answer, c.pods = s.w.apply(e), s.w.engines[e.Node.ID]
+	c.answer, c.pods, c.node = s.w.apply(e), s.w.engines[e.Node.ID], s.w.nodes[e.Node.ID]
 	s.notice()
 }
 
@@ -434,6 +435,11 @@ func (s *sim) end(c *call) {
 	switch {
 	case c.effect.Verb == Confirm:
 		s.observe(Confirmed{c.effect.Node.ID, c.answer, c.pods})
+	case c.effect.Verb == Look:
+		if c.answer {
+			s.observe(ObserveNode{c.node})
+		}
+		s.observe(Looked{c.effect.Node.ID})
 	case c.effect.Verb == StopEngine && c.answer:
 		s.observe(EngineGone{c.effect.Node.ID, c.effect.Engine.UID})
 	}

@@ -444,12 +444,15 @@ func (s *story) carryOut(e Effect) {
 	}
 	how, failed := s.fail[e.Verb]
 	delete(s.fail, e.Verb)
-	var idle bool // or of StopEngine: gone
+	var idle bool // or of Look: there, of StopEngine: gone
 	if how != "before" {
 		idle = s.world.apply(e)
 	}
 	if e.Verb == Confirm && !failed {
 		s.printf(": idle %v", idle)
+	}
+	if e.Verb == Look && !failed {
+		s.printf(": there %v", idle)
 	}
 	var err error
 	if failed {
@@ -462,6 +465,12 @@ func (s *story) carryOut(e Effect) {
 		if !idle {
 			s.apply(ObserveBusy{e.Node.ID, true})
 		}
+	}
+	if e.Verb == Look && !failed {
+		if idle {
+			s.apply(ObserveNode{s.world.nodes[e.Node.ID]})
+		}
+		s.apply(Looked{e.Node.ID})
 	}
 	if e.Verb == StopEngine && !failed && idle {
 		s.printf("it is gone\n")

@@ -207,7 +207,8 @@ func (w *world) schedulable(id model.InstanceID) bool {
 }
 
 // apply carries out an effect as cloud and API server would. For Confirm it
-// returns whether the node was idle, for StopEngine whether there was no pod.
+// returns whether the node was idle, for Look whether there is one, for StopEngine
+// whether there was no pod.
 func (w *world) apply(e Effect) (answer bool) {
 	switch e.Verb {
 	case Resize:
@@ -245,6 +246,9 @@ func (w *world) apply(e Effect) (answer bool) {
 		w.changeSame(e.Node, func(n *model.Node) { n.CATaintSince = time.Time{} })
 	case Confirm:
 		return !w.jobs[e.Node.ID]
+	case Look:
+		_, answer = w.nodes[e.Node.ID]
+		return answer
 	case DeleteNode:
 		if w.nodes[e.Node.ID].UID == e.Node.UID {
 			delete(w.nodes, e.Node.ID)
