@@ -42,7 +42,8 @@ func (m mishap) String() string {
 	return fmt.Sprintf("%s at %s for %s (one in %d, kind %d)", m.what, m.at.Round(time.Second), m.lasts.Round(time.Second), m.oneIn, m.kind)
 }
 
-// mishaps are all that a seed can think of.
+// mishaps are all that a seed can think of, but for "two lead for a moment". One
+// more in this list makes other plans of all seeds.
 func mishaps() []string {
 	return []string{
 		"cloud calls fail", "cluster calls fail", "record writes fail", "what was learnt cannot be written", "the watch is cut", "the watch lags",
@@ -63,6 +64,9 @@ func plan(seed uint64) []mishap {
 			what: names[dice.IntN(len(names))], oneIn: 1 + dice.IntN(4), kind: []fault{failBefore, failAfter, hangBefore, hangAfter, deaf}[dice.IntN(5)],
 		})
 	}
+	for dice = rand.New(rand.NewPCG(seed, 3)); dice.IntN(2) == 0; {
+		all = append(all, mishap{at: time.Duration(dice.Int64N(int64(chaosSpan))), lasts: time.Duration(dice.Int64N(int64(5 * time.Second))), what: "two lead for a moment"})
+	}
 	slices.SortFunc(all, func(a, b mishap) int { return int(a.at - b.at) })
 	return all
 }
@@ -82,6 +86,7 @@ type chaos struct {
 	planted string
 	last    time.Time // of the autoscaler's loop
 	away    bool      // the autoscaler
+	others  []func()  // end lives that overlap with the present one
 	calls   int
 }
 
@@ -143,6 +148,9 @@ func (c *chaos) ends(group model.GroupID, ids []model.InstanceID, verb string) {
 				}
 			}
 		})
+		if i, has := record.Intents[id]; !has || i.Desired == model.DesiredRunning {
+			c.violate("every end is recorded", "%s of %s, of which is recorded: %+v", verb, id, i)
+		}
 	}
 }
 
@@ -207,7 +215,13 @@ func (c *chaos) strike(m mishap) {
 		c.rise(0)
 	case "Hearth is killed and away":
 		c.rise(min(m.lasts, 10*time.Minute))
+	case "two lead for a moment":
+		c.supersede(m.lasts)
 	case "the autoscaler restarts":
+		if c.ca.wire != nil {
+			c.ca.wire.connect(c.t)
+			return
+		}
 		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
 		_ = c.ctl.Forget(ctx)
@@ -265,9 +279,31 @@ func (c *chaos) orphans() {
 
 // rise ends the present life of Hearth and begins the next.
 func (c *chaos) rise(down time.Duration) {
+	if c.ca.wire != nil {
+		c.ca.wire.lives.now.Store(nil)
+	}
 	_ = c.kill()
 	time.Sleep(down)
+	c.enter()
+}
+
+// supersede begins the next life while the present one has yet to notice: a
+// process that was frozen for longer than its lease.
+func (c *chaos) supersede(overlap time.Duration) {
+	stop, done := c.stop, c.done
+	c.enter()
+	ended := make(chan struct{})
+	late := time.AfterFunc(overlap, stop)
+	go func() { defer close(ended); _ = <-done }()
+	c.others = append(c.others, func() { late.Stop(); stop(); <-ended })
+}
+
+// enter begins a life.
+func (c *chaos) enter() {
 	c.begin()
+	if c.ca.wire != nil {
+		c.ca.wire.lives.now.Store(c.ctl)
+	}
 }
 
 // hear has the CI system tell of a job, as far as messages come.
@@ -326,7 +362,7 @@ func (c *chaos) tick(now, began time.Time) {
 			err = errors.New("without an error")
 		}
 		c.log.lines = append(c.log.lines, fmt.Appendf(nil, "chaos: Hearth ended by itself: %v\n", err))
-		c.begin()
+		c.enter()
 	default:
 	}
 	c.orphans()
@@ -405,6 +441,9 @@ func (c *chaos) commit() {
 	case "no instance of another group":
 		c.cloud.add("others")
 		_ = cloud.Terminate(ctx, "others", []model.InstanceID{node.ID})
+	case "every end is recorded":
+		c.cluster.removeNode(node.Name)
+		_ = cloud.Terminate(ctx, runners, []model.InstanceID{node.ID})
 	case "within the maximum":
 		_ = cloud.Resize(ctx, runners, chaosMax+1)
 	case "everything settles":
@@ -418,7 +457,7 @@ func (c *chaos) commit() {
 // drive runs the whole and returns the first violation.
 func (c *chaos) drive() error {
 	began := time.Now()
-	c.begin()
+	c.enter()
 	for now := began; now.Sub(began) < chaosSpan+time.Minute; now = time.Now() {
 		if c.planted != "" && now.Sub(began) > 10*time.Minute {
 			c.commit()
@@ -459,8 +498,15 @@ func wreak(t *testing.T, seed uint64, plan []mishap, planted string) (err error)
 			lab: l, dice: rand.New(rand.NewPCG(seed, 0)), plan: plan, ca: &autoscaler{lab: l, group: runners}, planted: planted,
 			jobs: map[string]demand.Job{}, lost: map[model.InstanceID]bool{}, bad: make(chan error, 1),
 		}
+		if seed%5 == 0 {
+			c.ca.wire = newWire(t, runners)
+		}
 		l.change = func(cfg *Config) { cfg.Backend = watched{cfg.Backend, c} }
-		if err = c.drive(); err != nil {
+		err = c.drive()
+		for _, end := range c.others {
+			end()
+		}
+		if err != nil {
 			err = fmt.Errorf("%w\n%s\nlog:\n%s", err, l.state(), l.log.tail(60))
 		}
 	})
@@ -531,7 +577,8 @@ func TestChaos(t *testing.T) {
 // TestChaosNotices: each invariant is seen to be broken when it is.
 func TestChaosNotices(t *testing.T) {
 	for _, planted := range []string{
-		"no busy node ended", "no engine ended before its exit", "no instance of another group", "within the maximum", "everything settles",
+		"no busy node ended", "no engine ended before its exit", "every end is recorded", "no instance of another group", "within the maximum",
+		"everything settles",
 	} {
 		t.Run(planted, func(t *testing.T) {
 			t.Parallel()

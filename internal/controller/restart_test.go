@@ -2,6 +2,7 @@ package controller
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -12,6 +13,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/hearth-ci/hearth/pkg/model"
+	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
 
 func contains(s, part string) bool { return strings.Contains(s, part) }
@@ -22,17 +24,52 @@ func contains(s, part string) bool { return strings.Contains(s, part) }
 type autoscaler struct {
 	*lab
 	group model.GroupID
+	// wire, when set, is what it calls Hearth through.
+	wire *wire
 }
+
+// provider is what it asks Hearth, within the present loop.
+type provider interface {
+	begin() error
+	target() int
+	owns(model.InstanceID) bool
+	increase(n int) error
+	remove(model.Node) error
+}
+
+// direct calls the present controller's methods.
+type direct struct {
+	*autoscaler
+	view *nodegroups.View
+}
+
+func (d *direct) begin() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if d.ctl == nil {
+		return errors.New("Hearth is not there")
+	}
+	if err := d.ctl.Refresh(ctx); err != nil {
+		return err
+	}
+	if d.view = d.lab.view(d.group); d.view == nil {
+		return errors.New("Hearth has no view")
+	}
+	return nil
+}
+
+func (d *direct) target() int                   { return d.view.Target }
+func (d *direct) owns(id model.InstanceID) bool { return d.view.Owns(id) }
+func (d *direct) increase(n int) error          { return d.lab.increase(d.group, n) }
+func (d *direct) remove(n model.Node) error     { return d.lab.remove(d.group, n) }
 
 // loop is one scan. Errors end it, as they do there.
 func (a *autoscaler) loop(want int) {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	if a.ctl == nil || a.ctl.Refresh(ctx) != nil {
-		return
+	var hearth provider = &direct{autoscaler: a}
+	if a.wire != nil {
+		hearth = a.wire
 	}
-	v := a.view(a.group)
-	if v == nil {
+	if hearth.begin() != nil {
 		return
 	}
 	usable, listed := 0, 0
@@ -42,7 +79,7 @@ func (a *autoscaler) loop(want int) {
 			continue
 		}
 		usable++
-		if !v.Owns(n.ID) {
+		if !hearth.owns(n.ID) {
 			continue
 		}
 		listed++
@@ -50,14 +87,14 @@ func (a *autoscaler) loop(want int) {
 			idle = append(idle, n)
 		}
 	}
-	upcoming := max(v.Target-listed, 0)
+	upcoming := max(hearth.target()-listed, 0)
 	if missing := want - usable - upcoming; missing > 0 {
-		_ = a.increase(a.group, missing)
+		_ = hearth.increase(missing)
 		return
 	}
 	for _, n := range idle[:min(len(idle), max(usable-want, 0))] {
 		a.cluster.edit(n.Name, func(n *model.Node) { n.CATaintSince = time.Now() })
-		if a.remove(a.group, n) != nil {
+		if hearth.remove(n) != nil {
 			if _, ok := a.cluster.node(n.Name); ok {
 				a.cluster.edit(n.Name, func(n *model.Node) { n.CATaintSince = time.Time{} })
 			}
