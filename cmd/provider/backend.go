@@ -9,6 +9,7 @@ import (
 	"github.com/hearth-ci/hearth/internal/aws"
 	"github.com/hearth-ci/hearth/internal/config"
 	"github.com/hearth-ci/hearth/internal/controller"
+	"github.com/hearth-ci/hearth/internal/kube"
 	"github.com/hearth-ci/hearth/internal/kwok"
 	"github.com/hearth-ci/hearth/internal/server"
 	"github.com/hearth-ci/hearth/pkg/model"
@@ -39,8 +40,13 @@ func (p *provider) newBackend(ctx context.Context) (backend, error) {
 	if p.cfg.Backend.AWS != nil {
 		return p.newScaling(ctx)
 	}
+	// A client of its own: a cloud's calls do not count against Hearth's limit.
+	client, err := kube.NewClient(p.rest)
+	if err != nil {
+		return backend{}, err
+	}
 	embedded, err := kwok.New(kwok.Config{
-		Client: p.client, Namespace: p.cfg.LeaderElection.Namespace, Groups: p.cfg.NodeGroups(),
+		Client: client, Namespace: p.cfg.LeaderElection.Namespace, Groups: p.cfg.NodeGroups(),
 		BootDelay: p.cfg.Backend.Kwok.BootDelay, ResumeDelay: p.cfg.Backend.Kwok.ResumeDelay, Logger: p.log,
 	})
 	declared := make(chan struct{})

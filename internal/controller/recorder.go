@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/hearth-ci/hearth/pkg/model"
 	"github.com/hearth-ci/hearth/pkg/nodegroups"
 )
@@ -132,12 +134,23 @@ func (r *recorder) run(ctx context.Context, stop context.CancelCauseFunc) {
 	}
 }
 
-// flush writes everything that waits, and keeps what could not be written.
+const (
+	// writers is how many RunnerNodes are written at a time, batch how many
+	// before what waits of the groups is looked at again.
+	writers = 8
+	batch   = 200
+)
+
+// flush writes everything that waits of the groups and a batch of what waits of
+// the nodes, and keeps what could not be written.
 func (r *recorder) flush(ctx context.Context) error {
 	r.mu.Lock()
 	groups := slices.Sorted(maps.Keys(r.groups))
-	nodes, dropped := r.nodes, r.dropped
-	r.nodes, r.dropped = map[model.InstanceID]model.NodeRecord{}, map[model.InstanceID]bool{}
+	nodes := take(r.nodes, batch)
+	dropped := take(r.dropped, batch)
+	if len(r.nodes)+len(r.dropped) > 0 {
+		r.signal()
+	}
 	r.mu.Unlock()
 
 	var failed []error
@@ -146,36 +159,53 @@ func (r *recorder) flush(ctx context.Context) error {
 			failed = append(failed, err)
 		}
 	}
-	for _, id := range slices.Sorted(maps.Keys(nodes)) {
-		callCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		err := r.store.SaveNode(callCtx, nodes[id])
-		cancel()
-		if err != nil {
-			failed = append(failed, err)
-			r.mu.Lock()
-			if _, newer := r.nodes[id]; !newer && !r.dropped[id] {
-				r.nodes[id] = nodes[id]
+	var work errgroup.Group
+	work.SetLimit(writers)
+	write := func(call func(context.Context) error, keep func()) {
+		work.Go(func() error {
+			callCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
+			defer cancel()
+			if err := call(callCtx); err != nil {
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				failed = append(failed, err)
+				keep()
 			}
-			r.mu.Unlock()
-		}
+			return nil
+		})
 	}
-	for _, id := range slices.Sorted(maps.Keys(dropped)) {
-		callCtx, cancel := context.WithTimeout(ctx, 10*time.Second)
-		err := r.store.DeleteNode(callCtx, id)
-		cancel()
-		if err != nil {
-			failed = append(failed, err)
-			r.mu.Lock()
+	for id, n := range nodes {
+		write(func(ctx context.Context) error { return r.store.SaveNode(ctx, n) }, func() {
+			if _, newer := r.nodes[id]; !newer && !r.dropped[id] {
+				r.nodes[id] = n
+			}
+		})
+	}
+	for id := range dropped {
+		write(func(ctx context.Context) error { return r.store.DeleteNode(ctx, id) }, func() {
 			if _, again := r.nodes[id]; !again {
 				r.dropped[id] = true
 			}
-			r.mu.Unlock()
-		}
+		})
 	}
+	_ = work.Wait() // failed has them all
 	if err := errors.Join(failed...); len(failed) <= 1 || errors.Is(err, model.ErrSuperseded) {
 		return err
 	}
 	return fmt.Errorf("%d writes failed, the first: %w", len(failed), failed[0])
+}
+
+// take removes up to n entries.
+func take[V any](from map[model.InstanceID]V, n int) map[model.InstanceID]V {
+	taken := map[model.InstanceID]V{}
+	for id, v := range from {
+		if len(taken) == n {
+			break
+		}
+		taken[id] = v
+		delete(from, id)
+	}
+	return taken
 }
 
 func (r *recorder) flushGroup(ctx context.Context, id model.GroupID) error {

@@ -27,6 +27,7 @@ type Store struct {
 
 	mu     sync.Mutex
 	groups map[model.GroupID]*stored
+	nodes  map[model.InstanceID]*v1alpha1.RunnerNode // as last read or written
 }
 
 // stored is what is known of a group's object.
@@ -40,7 +41,7 @@ type stored struct {
 
 // NewStore returns a store that has read nothing yet.
 func NewStore(c client.Client) *Store {
-	return &Store{client: c, groups: map[model.GroupID]*stored{}}
+	return &Store{client: c, groups: map[model.GroupID]*stored{}, nodes: map[model.InstanceID]*v1alpha1.RunnerNode{}}
 }
 
 // Load reads everything that is kept: the records of all groups, the
@@ -72,8 +73,12 @@ func (s *Store) Load(ctx context.Context) (
 		records[id] = recordFrom(o.Status)
 		annotations[id] = o.Annotations
 	}
+	s.nodes = make(map[model.InstanceID]*v1alpha1.RunnerNode, len(nodeList.Items))
 	for _, o := range nodeList.Items {
-		nodes = append(nodes, nodeRecordFrom(o))
+		n := nodeRecordFrom(o)
+		nodes = append(nodes, n)
+		o.ManagedFields = nil
+		s.nodes[n.ID] = &o
 	}
 	return records, annotations, nodes, nil
 }
@@ -167,36 +172,84 @@ func (s *Store) uid(id model.GroupID) types.UID {
 }
 
 // SaveNode creates the instance's RunnerNode or brings it up to date. It
-// writes only what differs: one read when nothing does.
+// writes only what differs from what it last read or wrote: no call when
+// nothing does. What somebody else wrote or deleted is put right by the next
+// write.
 func (s *Store) SaveNode(ctx context.Context, r model.NodeRecord) error {
-	object := &v1alpha1.RunnerNode{}
-	err := s.client.Get(ctx, client.ObjectKey{Name: v1alpha1.NodeName(r.ID)}, object)
-	if apierrors.IsNotFound(err) {
-		object = &v1alpha1.RunnerNode{
-			ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.NodeName(r.ID)},
-			Spec:       nodeSpec(r),
+	object := s.node(r.ID)
+	var err error
+	if object != nil {
+		err = s.updateNode(ctx, object, r)
+	}
+	if object == nil || apierrors.IsNotFound(err) || apierrors.IsConflict(err) {
+		if object, err = s.openNode(ctx, r); err == nil {
+			err = s.updateNode(ctx, object, r)
 		}
-		err = s.client.Create(ctx, object)
-	}
-	if err == nil && object.Spec != nodeSpec(r) {
-		base := object.DeepCopy()
-		object.Spec = nodeSpec(r)
-		err = s.client.Patch(ctx, object, client.MergeFrom(base))
-	}
-	if status := nodeStatus(r); err == nil && !equality.Semantic.DeepEqual(object.Status, status) {
-		base := object.DeepCopy()
-		object.Status = status
-		err = s.client.Status().Patch(ctx, object, client.MergeFrom(base))
 	}
 	if err != nil {
+		s.setNode(r.ID, nil) // it may or may not have been written
 		return fmt.Errorf("saving instance %q: %w", r.ID, err)
 	}
 	return nil
 }
 
+// openNode makes the instance's object, or reads the one that is there.
+func (s *Store) openNode(ctx context.Context, r model.NodeRecord) (*v1alpha1.RunnerNode, error) {
+	object := &v1alpha1.RunnerNode{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.NodeName(r.ID)}, Spec: nodeSpec(r)}
+	err := s.client.Create(ctx, object)
+	if apierrors.IsAlreadyExists(err) {
+		object = &v1alpha1.RunnerNode{}
+		err = s.client.Get(ctx, client.ObjectKey{Name: v1alpha1.NodeName(r.ID)}, object)
+	}
+	return object, err
+}
+
+// updateNode writes what differs from object, and remembers the result.
+func (s *Store) updateNode(ctx context.Context, object *v1alpha1.RunnerNode, r model.NodeRecord) error {
+	onlyThis := func() client.Patch {
+		return client.MergeFromWithOptions(object.DeepCopy(), client.MergeFromWithOptimisticLock{})
+	}
+	object = object.DeepCopy()
+	if spec := nodeSpec(r); object.Spec != spec {
+		patch := onlyThis()
+		object.Spec = spec
+		if err := s.client.Patch(ctx, object, patch); err != nil {
+			return err
+		}
+	}
+	if status := nodeStatus(r); !equality.Semantic.DeepEqual(object.Status, status) {
+		patch := onlyThis()
+		object.Status = status
+		if err := s.client.Status().Patch(ctx, object, patch); err != nil {
+			return err
+		}
+	}
+	s.setNode(r.ID, object)
+	return nil
+}
+
+func (s *Store) node(id model.InstanceID) *v1alpha1.RunnerNode {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.nodes[id]
+}
+
+// setNode remembers an object that nobody changes any more, or nil for none.
+func (s *Store) setNode(id model.InstanceID, object *v1alpha1.RunnerNode) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if object == nil {
+		delete(s.nodes, id)
+		return
+	}
+	object.ManagedFields = nil // of no use here, and the largest part
+	s.nodes[id] = object
+}
+
 // DeleteNode removes the instance's RunnerNode. That there is none is success.
 func (s *Store) DeleteNode(ctx context.Context, id model.InstanceID) error {
 	object := &v1alpha1.RunnerNode{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.NodeName(id)}}
+	s.setNode(id, nil)
 	if err := s.client.Delete(ctx, object); client.IgnoreNotFound(err) != nil {
 		return fmt.Errorf("forgetting instance %q: %w", id, err)
 	}

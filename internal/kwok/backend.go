@@ -49,6 +49,8 @@ import (
 const (
 	// tick is how often the cloud works.
 	tick = time.Second
+	// tendEvery is how often Nodes are looked after without a reason.
+	tendEvery = 10 * time.Second
 	// attempts bounds how often a change is tried when others write meanwhile.
 	attempts = 5
 )
@@ -74,8 +76,11 @@ type Backend struct {
 	groups map[model.GroupID]model.NodeGroup
 
 	// orphans are Nodes without an instance, by UID, and since when they are
-	// seen as such. They belong to Run.
+	// seen as such. powered are the instances whose machines were on, and tended is
+	// when the Nodes were last looked after. All belong to Run.
 	orphans map[string]time.Time
+	powered map[model.InstanceID]bool
+	tended  time.Time
 }
 
 // New returns a backend that does nothing until it is run.
@@ -228,7 +233,30 @@ func (b *Backend) work(ctx context.Context) error {
 		}
 		clouds[g.ID] = c
 	}
-	return errors.Join(append(failed, b.tend(ctx, clouds))...)
+	if b.mustTend(clouds) {
+		failed = append(failed, b.tend(ctx, clouds))
+	}
+	return errors.Join(failed...)
+}
+
+// mustTend says whether it is time to look after the Nodes, which means to list
+// them all: a machine is on no more, or it has not been done for a while.
+func (b *Backend) mustTend(clouds map[model.GroupID]*cloud) bool {
+	powered := make(map[model.InstanceID]bool, len(b.powered))
+	for _, c := range clouds {
+		for _, i := range c.Instances {
+			if i.State != model.InstancePending && i.State != model.InstanceStopped {
+				powered[i.ID] = true
+			}
+		}
+	}
+	for id := range b.powered {
+		if !powered[id] {
+			b.tended = time.Time{}
+		}
+	}
+	b.powered = powered
+	return b.cfg.Now().Sub(b.tended) >= tendEvery
 }
 
 // workGroup does what is due in one group. It fails with a conflict when

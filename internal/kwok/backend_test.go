@@ -262,7 +262,7 @@ func TestTerminate(t *testing.T) {
 			t.Error("the Node of a terminated instance is still well")
 		}
 		w.must(w.backend.Terminate(t.Context(), "a", gone)) // long gone
-		w.wait(2 * time.Minute)
+		w.wait(orphanAge + tendEvery)
 		if _, there := w.nodes()[gone[0]]; there {
 			t.Error("the Node of an instance that does not exist was left for more than two minutes")
 		}

@@ -176,5 +176,9 @@ func (b *Backend) tend(ctx context.Context, clouds map[model.GroupID]*cloud) err
 		}
 	}
 	b.orphans = orphans
-	return errors.Join(failed...)
+	if err := errors.Join(failed...); err != nil {
+		return err
+	}
+	b.tended = now
+	return nil
 }

@@ -69,6 +69,9 @@ type Config struct {
 	// AuditUser: this user's requests are in LogDir's audit.log, an audit.k8s.io
 	// Event a line; empty: nobody's are.
 	AuditUser string
+	// LeaseDuration is how long a played kubelet's heartbeat is good for; each makes
+	// four in that time. Zero: 40 s. Thousands of nodes want minutes.
+	LeaseDuration time.Duration
 }
 
 func (cfg *Config) complete() (err error) {
@@ -77,6 +80,9 @@ func (cfg *Config) complete() (err error) {
 	}
 	if cfg.Progress == nil {
 		cfg.Progress = func(string) {}
+	}
+	if cfg.LeaseDuration == 0 {
+		cfg.LeaseDuration = 40 * time.Second
 	}
 	if cfg.BinDir == "" {
 		cfg.BinDir, err = FindBinaries()
@@ -245,7 +251,10 @@ func (c *Cluster) runManager(url string) error {
 	if err != nil {
 		return err
 	}
-	return c.run(controllerManager, nil, append(c.clientArgs(kubeconfig, url), "--root-ca-file="+c.cert(caFile))...)
+	return c.run(controllerManager, nil, append(c.clientArgs(kubeconfig, url),
+		"--root-ca-file="+c.cert(caFile),
+		"--node-monitor-grace-period="+(c.cfg.LeaseDuration+10*time.Second).String(),
+	)...)
 }
 
 func (c *Cluster) runScheduler(url string) error {
@@ -285,7 +294,7 @@ func (c *Cluster) runKwok(address string) error {
 		"--config="+stages,
 		"--kubeconfig="+kubeconfig,
 		"--manage-nodes-with-annotation-selector="+FakeNodeAnnotation+"=fake",
-		"--node-lease-duration-seconds=40",
+		"--node-lease-duration-seconds="+strconv.Itoa(int(c.cfg.LeaseDuration.Seconds())),
 		"--cidr=127.1.0.0/16",
 		"--server-address="+address,
 	)

@@ -29,6 +29,8 @@ type Config struct {
 	Progress   func(string)
 	// Audit has every request of Hearth's to the API server logged.
 	Audit bool
+	// LeaseDuration is that of localcluster.Config.
+	LeaseDuration time.Duration
 }
 
 // Playground is a running control plane with everything that a provider and an
@@ -66,7 +68,7 @@ func (p *Playground) start(ctx context.Context) (err error) {
 	if p.Authority, err = NewAuthority(p.dir); err != nil {
 		return err
 	}
-	cluster := localcluster.Config{Logger: p.cfg.Logger, Progress: p.cfg.Progress}
+	cluster := localcluster.Config{Logger: p.cfg.Logger, Progress: p.cfg.Progress, LeaseDuration: p.cfg.LeaseDuration}
 	if p.cfg.Audit {
 		cluster.AuditUser = "system:serviceaccount:" + deploy.Namespace + ":" + deploy.ServiceAccount
 	}

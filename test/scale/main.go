@@ -73,7 +73,7 @@ func (r *run) run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	r.ground, err = playground.Start(ctx, playground.Config{Hearth: hearth, Logger: slog.New(slog.DiscardHandler), Audit: true})
+	r.ground, err = playground.Start(ctx, playground.Config{Hearth: hearth, Logger: slog.New(slog.DiscardHandler), Audit: true, LeaseDuration: 4 * time.Minute})
 	if err != nil {
 		return err
 	}
@@ -139,7 +139,7 @@ func (r *run) observe(ctx context.Context) error {
 	}
 	defer conn.Close()
 	ca := externalgrpc.NewCloudProviderClient(conn)
-	fmt.Println("minute  nodes  loop p50 ms  loop max ms  CPU %  RSS MiB  heap MiB  goroutines  snapshot age s  API writes/s")
+	fmt.Println("minute  instances  Ready  listed  loop p50 ms  loop max ms  CPU %  RSS MiB  heap MiB  goroutines  snapshot age s  API writes/s")
 	began, loops := time.Now(), []time.Duration{}
 	ticker := time.NewTicker(10 * time.Second)
 	defer ticker.Stop()
@@ -173,7 +173,9 @@ func (r *run) observe(ctx context.Context) error {
 		slices.Sort(loops)
 		span, cpu := time.Since(lastLine).Seconds(), metric(text, "process_cpu_seconds_total")
 		const mib = 1 << 20
-		fmt.Printf("%6.1f  %5d  %11.1f  %11.1f  %5.0f  %7.0f  %8.0f  %10.0f  %14.1f  %12.1f\n", time.Since(began).Minutes(), listed,
+		launching := sum(text, "hearth_nodegroup_nodes", `phase="Launching"`)
+		instances := sum(text, "hearth_nodegroup_nodes", "")
+		fmt.Printf("%6.1f  %9.0f  %5.0f  %6d  %11.1f  %11.1f  %5.0f  %7.0f  %8.0f  %10.0f  %14.1f  %12.1f\n", time.Since(began).Minutes(), instances, instances-launching, listed,
 			1000*loops[len(loops)/2].Seconds(), 1000*loops[len(loops)-1].Seconds(), 100*(cpu-lastCPU)/span,
 			metric(text, "process_resident_memory_bytes")/mib, metric(text, "go_memstats_heap_alloc_bytes")/mib, metric(text, "go_goroutines"),
 			metric(text, "hearth_snapshot_age_seconds"), float64(r.writes-lastWrites)/span)
@@ -249,4 +251,17 @@ func metric(text, name string) float64 {
 		}
 	}
 	return 0
+}
+
+// sum adds up a metric's values whose labels contain the text.
+func sum(text, name, labels string) (total float64) {
+	for line := range strings.Lines(text) {
+		rest, ok := strings.CutPrefix(line, name+"{")
+		if !ok || !strings.Contains(rest, labels) {
+			continue
+		}
+		f, _ := strconv.ParseFloat(strings.TrimSpace(rest[strings.LastIndexByte(rest, '}')+1:]), 64)
+		total += f
+	}
+	return total
 }
