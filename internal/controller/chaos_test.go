@@ -84,9 +84,9 @@ type chaos struct {
 	// planted is a violation that the run commits by itself, to show that it is
 	// noticed.
 	planted string
-	last    time.Time // of the autoscaler's loop
-	away    bool      // the autoscaler
-	others  []func()  // end lives that overlap with the present one
+	last    time.Time      // of the autoscaler's loop
+	away    bool           // the autoscaler
+	others  []func() error // end lives that overlap with the present one
 	calls   int
 }
 
@@ -292,10 +292,8 @@ func (c *chaos) rise(down time.Duration) {
 func (c *chaos) supersede(overlap time.Duration) {
 	stop, done := c.stop, c.done
 	c.enter()
-	ended := make(chan struct{})
 	late := time.AfterFunc(overlap, stop)
-	go func() { defer close(ended); _ = <-done }()
-	c.others = append(c.others, func() { late.Stop(); stop(); <-ended })
+	c.others = append(c.others, func() error { late.Stop(); stop(); return <-done })
 }
 
 // enter begins a life.
@@ -504,7 +502,7 @@ func wreak(t *testing.T, seed uint64, plan []mishap, planted string) (err error)
 		l.change = func(cfg *Config) { cfg.Backend = watched{cfg.Backend, c} }
 		err = c.drive()
 		for _, end := range c.others {
-			end()
+			_ = end() // that it was superseded, perhaps
 		}
 		if err != nil {
 			err = fmt.Errorf("%w\n%s\nlog:\n%s", err, l.state(), l.log.tail(60))
