@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -24,6 +25,11 @@ type fakeCluster struct {
 	watched *World
 	events  []watchEvent
 	cut     bool // the watch tells nothing while it is cut
+	// choose is which of the nodes with room a pod goes to, nil: the first;
+	// bound is told where it went. beat is how often everything happens.
+	choose func(p *fakePod, room []model.Node) model.NodeName
+	bound  func(p *fakePod, n model.Node)
+	beat   time.Duration
 	// unlabelled: new nodes do not bear their group's label.
 	unlabelled bool
 	nodes      map[model.NodeName]model.Node
@@ -55,7 +61,8 @@ type machinery interface {
 
 func newFakeCluster(cloud machinery) *fakeCluster {
 	c := &fakeCluster{
-		cloud: cloud, slots: 1, lag: 100 * time.Millisecond,
+		cloud: cloud, slots: 1, lag: 100 * time.Millisecond, beat: 100 * time.Millisecond,
+		choose: func(_ *fakePod, room []model.Node) model.NodeName { return room[0].Name }, bound: func(*fakePod, model.Node) {},
 		nodes: map[model.NodeName]model.Node{}, pods: map[string]*fakePod{}, engines: map[string]*fakeEngine{},
 	}
 	c.latency = 20 * time.Millisecond
@@ -64,7 +71,11 @@ func newFakeCluster(cloud machinery) *fakeCluster {
 
 // run plays cloud and cluster until ctx ends.
 func (c *fakeCluster) run(ctx context.Context) {
-	for pause(ctx, 100*time.Millisecond) {
+	beat := func() (d time.Duration) {
+		c.locked(func() { d = c.beat })
+		return d
+	}
+	for pause(ctx, beat()) {
 		now := time.Now()
 		c.cloud.step(now)
 		c.state.Lock()
@@ -121,17 +132,15 @@ func (c *fakeCluster) kubelets(now time.Time) {
 // whole seconds.
 func (c *fakeCluster) schedule(now time.Time) {
 	second := now.Truncate(time.Second)
-	for _, uid := range slices.Sorted(maps.Keys(c.pods)) {
+	inTurn := func(a, b string) int { return cmp.Or(cmp.Compare(len(a), len(b)), cmp.Compare(a, b)) }
+	for _, uid := range slices.SortedFunc(maps.Keys(c.pods), inTurn) {
 		p := c.pods[uid]
 		switch {
 		case p.Node == "":
-			for _, name := range slices.Sorted(maps.Keys(c.nodes)) {
-				n := c.nodes[name]
-				if n.Ready && !n.Draining && n.CATaintSince.IsZero() && !n.Unschedulable && c.load(name) < c.slots {
-					p.Node = name
-					c.podChanged(p.Pod)
-					break
-				}
+			if room := c.room(); len(room) > 0 {
+				p.Node = c.choose(p, room)
+				c.bound(p, c.nodes[p.Node])
+				c.podChanged(p.Pod)
 			}
 		case p.Started.IsZero():
 			p.Started = second
@@ -144,6 +153,23 @@ func (c *fakeCluster) schedule(now time.Time) {
 			c.tell(func(w *World) { w.PodGone(p.Pod) })
 		}
 	}
+}
+
+// room returns the nodes that take another pod, by name.
+func (c *fakeCluster) room() (nodes []model.Node) {
+	load := map[model.NodeName]int{}
+	for _, p := range c.pods {
+		if p.Finished.IsZero() {
+			load[p.Node]++
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(c.nodes)) {
+		n := c.nodes[name]
+		if n.Ready && !n.Draining && n.CATaintSince.IsZero() && !n.Unschedulable && load[name] < c.slots {
+			nodes = append(nodes, n)
+		}
+	}
+	return nodes
 }
 
 // load counts the runner pods of a node that have not finished.

@@ -16,6 +16,7 @@ import (
 type hearth struct {
 	costs  scoring.Costs
 	bounds scoring.Bounds
+	noWait bool
 	memory *scoring.Memory
 	keys   []scoring.Key // by the fleet's number
 	nodes  map[*Node]*hearthNode
@@ -48,6 +49,9 @@ type Knobs struct {
 	NoPark, NoPrewarm bool
 	// NoPrescale: jobs are not heard of before they have a pod.
 	NoPrescale bool
+	// NoWait: a job takes a cold node that has room rather than wait for a warm
+	// one, as Kubernetes' scheduler does with preferences.
+	NoWait bool
 }
 
 // defaultPenalty is the default of the annotation cold-penalty.
@@ -64,6 +68,7 @@ func newHearth(w World, k Knobs) *hearth {
 	return &hearth{
 		costs:  costs,
 		bounds: scoring.Bounds{MaxWarm: 1 << 30, Park: !k.NoPark, Prewarm: !k.NoPrewarm},
+		noWait: k.NoWait,
 		memory: scoring.NewMemory(costs),
 		nodes:  map[*Node]*hearthNode{},
 	}
@@ -177,6 +182,19 @@ func (h *hearth) choose(f *Fleet, p *Pod) Choice {
 	if n := warm(free); n != nil {
 		return Take(n)
 	}
+	cold := func() *Node {
+		for _, list := range [][]*Node{f.Idle, f.Partial} {
+			if n := h.leastMissed(f, p, list, free); n != nil {
+				return n
+			}
+		}
+		return nil
+	}
+	if h.noWait {
+		if n := cold(); n != nil {
+			return Take(n)
+		}
+	}
 	if n := p.Promise; n != nil {
 		if _, warm := f.Warm(n, p.Key); warm {
 			return Wait()
@@ -184,10 +202,8 @@ func (h *hearth) choose(f *Fleet, p *Pod) Choice {
 	} else if n := warm(func(n *Node) bool { return f.Unpromised(n) || f.CanResume(n) }); n != nil {
 		return Await(n)
 	}
-	for _, list := range [][]*Node{f.Idle, f.Partial} {
-		if n := h.leastMissed(f, p, list, free); n != nil {
-			return Take(n)
-		}
+	if n := cold(); n != nil {
+		return Take(n)
 	}
 	if p.Promise != nil {
 		return Wait()

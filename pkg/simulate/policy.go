@@ -105,6 +105,10 @@ const noPrewarm = ours + "-no-prewarm"
 // anything ahead, as with the annotation prescale: off.
 const noPrescale = ours + "-no-prescale"
 
+// noWait is the live policy where placement is but a preference: a job takes a
+// cold node that has room rather than wait for a warm one.
+const noWait = ours + "-no-wait"
+
 // hearthAt is the live policy with another time-value.
 func hearthAt(timeValue float64) NamedPolicy {
 	value := strconv.FormatFloat(timeValue, 'f', -1, 64)
@@ -117,8 +121,9 @@ func hearthWith(name, doc string, k Knobs) NamedPolicy {
 
 // FindPolicy returns the policy of that name, or an error that lists the known
 // ones. hearth@ and a number is hearth with that time-value; hearth-no-prewarm,
-// with a time-value or not, starts nothing ahead of demand, and hearth-no-prescale
-// neither hears of queued jobs.
+// with a time-value or not, starts nothing ahead of demand, hearth-no-prescale
+// neither hears of queued jobs, and the jobs of hearth-no-wait never wait for a
+// warm node while another has room.
 func FindPolicy(name string) (NamedPolicy, error) {
 	var known []string
 	for _, p := range Policies() {
@@ -128,7 +133,7 @@ func FindPolicy(name string) (NamedPolicy, error) {
 		known = append(known, p.Name)
 	}
 	base, value, at := strings.Cut(name, "@")
-	if base == noPrewarm || base == noPrescale || base == ours {
+	if base == noPrewarm || base == noPrescale || base == noWait || base == ours {
 		var k Knobs
 		if at {
 			var err error
@@ -139,6 +144,10 @@ func FindPolicy(name string) (NamedPolicy, error) {
 		}
 		if base == ours {
 			return hearthAt(k.TimeValue), nil
+		}
+		if base == noWait {
+			k.NoWait = true
+			return hearthWith(name, "hearth whose jobs take a cold node with room rather than wait for a warm one", k), nil
 		}
 		k.NoPrewarm, k.NoPrescale = true, base == noPrescale
 		if k.NoPrescale {
