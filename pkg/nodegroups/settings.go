@@ -351,7 +351,7 @@ func parseSchedule(v string) ([]Window, bool) {
 		if w.From, ok = parseClock(from); !ok || !found {
 			return nil, false
 		}
-		if w.To, ok = parseClock(to); !ok {
+		if w.To, ok = parseClock(to); !ok || w.From-w.To == 24*time.Hour { // nothing is between 24:00 and 0:00
 			return nil, false
 		}
 		if len(fields) == 4 {
